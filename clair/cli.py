@@ -151,17 +151,15 @@ def estimate(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
 ) -> None:
     """Estimate the cost of a build: calls, and with --probe tokens and money with a 95 % interval, and time."""
+    from clair.api import estimate as estimate_build
     from clair.core.console import show as print_
     from clair.core.recipe import load_recipe
     from clair.pipeline.config import BuildConfig
-    from clair.pipeline.estimate import MIN_PROBE, total_time
-    from clair.pipeline.estimate import estimate as estimate_build
-    from clair.terminal import client_progress, cost_table
+    from clair.pipeline.estimate import total_time
+    from clair.terminal import cost_table
 
     config = load_recipe(BuildConfig, recipe, [*(set_ or []), *([text_override("out", out)] if out else [])])
-    rows = max(MIN_PROBE, probe)
-    with client_progress("probing" if probe else "counting", rows, dict.fromkeys(config.models, rows)) as on_progress:
-        roles = estimate_build(config, probe, on_progress)
+    roles = estimate_build(config, probe=probe)
     print_(cost_table(roles))
     if not probe:
         print_("tokens, cost and time need some real replies: add --probe 5 (they are paid for once and kept)")

@@ -107,18 +107,22 @@ def _merge(
 
     target = output.folder
     tools = "tools" in pq.read_schema(shards[0] / split_file(SPLITS[0])).names
-    options = {"seed": recipe["seed"], "test_fraction": recipe["test_fraction"]}
-    template_options = (recipe["target"] or {}).get("chat_template_kwargs")
-    writer = DatasetWriter(target, **options, tools=tools, template_options=template_options)
+    writer = DatasetWriter(
+        target,
+        seed=recipe["seed"],
+        test_fraction=recipe["test_fraction"],
+        tools=tools,
+        template_options=(recipe["target"] or {}).get("chat_template_kwargs"),
+    )
     finished = False
     try:
         for expected, (index, kind, row) in enumerate(heapq.merge(*map(_rows, shards), key=lambda row: row[0])):
             if index != expected:
                 raise UserError(f"the shards in {shards[0].parent} lack row {expected + 1}; build them again")
             if kind == "dropped":
-                writer.drop_row(row)
+                writer.drop(row)
             else:
-                writer.add_row(row)
+                writer.add(row)
         finished = True
     finally:
         hashes = writer.close(keep=finished)

@@ -74,11 +74,12 @@ class CompletionRate:
             self._history[-1] = now, completed  # one entry a second is enough
         else:
             self._history.append((now, completed))
-        while len(self._history) > 2 and self._suffices(self._history[1], now):
+        while (
+            len(self._history) > 2
+            and now - self._history[1][0] >= _MIN_SECONDS
+            and completed - self._history[1][1] >= _MIN_COMPLETIONS
+        ):
             self._history.popleft()
-
-    def _suffices(self, entry: tuple[float, int], now: float) -> bool:
-        return self.completed - entry[1] >= _MIN_COMPLETIONS and now - entry[0] >= _MIN_SECONDS
 
     def per_second(self, now: float) -> float | None:
         """The rate, or None before the first completion."""

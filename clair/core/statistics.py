@@ -47,15 +47,20 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Est
     if len(sizes) < 2:
         raise ValueError(f"{len(sizes)} cluster(s): an interval needs at least 2")
     mean = math.fsum(values) / n
-    sums: dict[Hashable, float] = defaultdict(float)
-    for value, cluster in zip(values, clusters, strict=True):
-        sums[cluster] += value - mean
+    sums = _sums_by_cluster((value - mean for value in values), clusters)
     se = math.sqrt(math.fsum(total**2 / (1 - sizes[cluster] / n) for cluster, total in sums.items())) / n
     if se < 1e-12 * max(map(abs, values)):  # a rounding error: no cluster differs from another
         se = 0.0
     df = satterthwaite(sizes.values())
     half = t_quantile(0.975, df) * se
     return Estimate(mean, se, mean - half, mean + half, n, len(sizes), df)
+
+
+def _sums_by_cluster(values: Iterable[float], clusters: Sequence[Hashable]) -> dict[Hashable, float]:
+    sums: dict[Hashable, float] = defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value
+    return sums
 
 
 def satterthwaite(sizes: Iterable[int]) -> float:
@@ -147,9 +152,7 @@ def paired_difference(base: Sequence[float], tuned: Sequence[float], clusters: S
     differences = [t - b for b, t in zip(base, tuned, strict=True)]
     estimate = clustered_mean(differences, clusters)
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    sums: dict[Hashable, float] = defaultdict(float)
-    for difference, cluster in zip(differences, clusters, strict=True):
-        sums[cluster] += difference
+    sums = _sums_by_cluster(differences, clusters)
     up, down = (sum(sign * total > 1e-12 for total in sums.values()) for sign in (1, -1))
     if estimate.se == 0:
         estimate, p = estimate._replace(se=math.nan, lo=math.nan, hi=math.nan), math.nan
@@ -271,9 +274,7 @@ def variance_components(values: Sequence[float], clusters: Sequence[Hashable]) -
     If the rows of a cluster are answers to one question, the variance within is that of sampling and judging an answer.
     """
     n, sizes = len(values), Counter(clusters)
-    sums: dict[Hashable, float] = defaultdict(float)
-    for value, cluster in zip(values, clusters, strict=True):
-        sums[cluster] += value
+    sums = _sums_by_cluster(values, clusters)
     mean = math.fsum(values) / n
     groups = len(sizes)
     sum_within = math.fsum((v - sums[c] / sizes[c]) ** 2 for v, c in zip(values, clusters, strict=True))

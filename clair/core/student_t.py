@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 
@@ -13,12 +14,17 @@ def t_quantile(p: float, df: float) -> float:
         raise ValueError(f"t_quantile needs 0 < p < 1 and df >= 1, got p={p}, df={df}")
     if p <= 0.5:
         return -t_quantile(1 - p, df) if p < 0.5 else 0.0
+    return _bisect(lambda t: t_cdf(t, df), p, 1e-12)
+
+
+def _bisect(function: Callable[[float], float], value: float, tolerance: float) -> float:
+    """The positive x at which an increasing function takes a value, up to a relative error of `tolerance`."""
     lo, hi = 0.0, 1.0
-    while t_cdf(hi, df) < p:
+    while function(hi) < value:
         lo, hi = hi, 2 * hi
-    while hi - lo > 1e-12 * hi:
+    while hi - lo > tolerance * hi:
         middle = (lo + hi) / 2
-        lo, hi = (middle, hi) if t_cdf(middle, df) < p else (lo, middle)
+        lo, hi = (middle, hi) if function(middle) < value else (lo, middle)
     return (lo + hi) / 2
 
 
@@ -67,13 +73,7 @@ def detectable_difference(se: float, df: float = math.inf, power: float = 0.8, a
 
 @lru_cache(maxsize=256)
 def _noncentrality(df: float, power: float, alpha: float) -> float:
-    lo, hi = 0.0, 1.0
-    while t_test_power(hi, 1.0, df, alpha) < power:
-        lo, hi = hi, 2 * hi
-    while hi - lo > 1e-9 * hi:
-        middle = (lo + hi) / 2
-        lo, hi = (middle, hi) if t_test_power(middle, 1.0, df, alpha) < power else (lo, middle)
-    return (lo + hi) / 2
+    return _bisect(lambda difference: t_test_power(difference, 1.0, df, alpha), power, 1e-9)
 
 
 def t_test_power(difference: float, se: float, df: float = math.inf, alpha: float = 0.05) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 
 from clair.core.files import content_hash, file_sha256, publish, read_json
 from clair.data.preference_sources import load_preferences
-from clair.data.records import LABELS, Dropped, Pair
+from clair.data.records import LABELS
 from clair.data.row_files import is_json_list, parquet_rows
 from clair.storage.location import Location, report_as
 
@@ -97,11 +97,6 @@ KINDS = ("train", "test", "dropped")
 _ORDER_BLOCK_BYTES = 8 * 4096
 
 
-def order_entry(index: int, kind: str) -> bytes:
-    """The 8 bytes of a row in the order file."""
-    return (index * 4 + KINDS.index(kind)).to_bytes(8, "little")
-
-
 def read_order(folder: Path) -> Iterator[tuple[int, str]]:
     """(index among all prompts, kind) of each row of a shard, in order. The kind is one of `KINDS`."""
     with open(folder / ORDER, "rb") as file:
@@ -118,9 +113,15 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, folder: Path, *, seed: int, test_fraction: float, order: bool = False, tools: bool = False,
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        test_fraction: float,
+        order: bool = False,
+        tools: bool = False,
         template_options: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Open the temporary files in `folder`.
 
         `order` also writes the order file of a shard, of the `index` among all prompts that each row is added with.
@@ -172,12 +173,8 @@ class DatasetWriter:
         target = self.folder / name
         return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
-    def add(self, pair: Pair, index: int = 0) -> None:
-        """Add a pair."""
-        self.add_row(pair.row(), index)
-
-    def add_row(self, row: dict[str, Any], index: int = 0) -> None:
-        """Add a pair, given as a row of the dataset."""
+    def add(self, row: dict[str, Any], index: int = 0) -> None:
+        """Add a pair, as `Pair.row` gives it."""
         split = assign_split(row["id"], self.seed, self.test_fraction)
         self.counts[split] += 1
         self.sums.update({name: value for name, value in row["contrast"].items() if value is not None})
@@ -188,14 +185,10 @@ class DatasetWriter:
             self._write_calls()
         self._record_order(index, split)
         if len(self._rows[split]) == ROWS_PER_GROUP:
-            self._flush(split)
+            self._write(split, self._rows[split])
 
-    def drop(self, id: str, reason: Dropped, index: int = 0) -> None:
-        """Add a prompt without a pair."""
-        self.drop_row(reason.row(id), index)
-
-    def drop_row(self, row: Mapping[str, Any], index: int = 0) -> None:
-        """Add a prompt without a pair, given as a line of dropped.jsonl."""
+    def drop(self, row: Mapping[str, Any], index: int = 0) -> None:
+        """Add a prompt without a pair, as `Dropped.row` gives it."""
         self.counts["dropped"] += 1
         self.failed += row["failed"]
         self.reasons[f"{row['stage']}.{row['reason']}"] += 1
@@ -204,7 +197,7 @@ class DatasetWriter:
 
     def _record_order(self, index: int, kind: str) -> None:
         if self._order:
-            self._order.write(order_entry(index, kind))
+            self._order.write((index * 4 + KINDS.index(kind)).to_bytes(8, "little"))
 
     def all_counts(self) -> dict[str, int]:
         """The counts of prompts, pairs, pairs by split, and drops."""
@@ -225,12 +218,10 @@ class DatasetWriter:
         """The mean of each contrast measure over all pairs; empty without pairs."""
         return {name: self.sums[name] / self.pairs for name in CONTRAST} if self.pairs else {}
 
-    def _flush(self, split: str) -> None:
-        rows, self._rows[split] = self._rows[split], []
-        self._write(split, rows)
-
-    def _write(self, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _write(self, split: str, rows: list[dict[str, Any]]) -> None:
+        """Write the rows as a row group, and empty the list."""
         self._parquet[split].write_table(to_table(rows, self._schema), row_group_size=ROWS_PER_GROUP)
+        rows.clear()
 
     def close(self, *, keep: bool) -> dict[str, str]:
         """Move the files to their final names if `keep`, else delete them. Returns the SHA-256 of each file by name."""
@@ -250,7 +241,7 @@ class DatasetWriter:
     def _publish(self, written: Mapping[str, Path]) -> dict[str, str]:
         for split in SPLITS:
             if self._rows[split]:
-                self._flush(split)
+                self._write(split, self._rows[split])
             self._parquet[split].close()
         self._dropped.close()
         if self._order:
@@ -296,8 +287,7 @@ def card(manifest: Mapping[str, Any]) -> str:
 
 
 def _position_lines(manifest: Mapping[str, Any]) -> list[str]:
-    position = manifest.get("position")
-    if not position:
+    if not (position := manifest.get("position")):
         return []
     warning = "; **the judge is biased by position: do not trust these labels**" if position["biased"] else ""
     return [f"- the judge preferred what was shown first in {position['share_first']:.1%} of its verdicts{warning}"]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import heapq
 import re
-import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from hashlib import blake2b
-from tempfile import SpooledTemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING
 
-_BUCKETS, _MAX_SPOOLED_BYTES = 64, 1 << 14
-_ENTRY = struct.Struct("<QQ")
+if TYPE_CHECKING:
+    import numpy as np
+
 _WORD = re.compile(r"\w+")
 _SHINGLE = 5
 _SKETCH_SIZE = 32
@@ -27,37 +26,13 @@ def _hashes(text: str, n: int) -> set[int]:
     return {int.from_bytes(blake2b(run.encode("utf-8", "replace"), digest_size=8).digest()) for run in runs}
 
 
-class RepeatedKeys:
-    """Finds the rows whose 64-bit key an earlier row has too.
+def repeated_keys(keys: np.ndarray) -> np.ndarray:
+    """True for each key that is equal to an earlier one, [N]."""
+    import numpy as np
 
-    Keys are stored in 64 temporary files, 16 bytes each, and compared file by file, so that about a 64th of them is in
-    memory.
-    """
-
-    def __init__(self) -> None:
-        self._buckets = [SpooledTemporaryFile(max_size=_MAX_SPOOLED_BYTES) for _ in range(_BUCKETS)]  # noqa: SIM115 (by close)
-
-    def add(self, key: int, row: int) -> None:
-        """Add a row, later than all before. The lowest bits of `row` may hold flags, below its number."""
-        self._buckets[key % _BUCKETS].write(_ENTRY.pack(key, row))
-
-    def repeated(self, mask: Callable[[Any], Any] | None = None) -> Iterator[Any]:
-        """The rows whose key occurred before, as arrays. `mask` maps an array of rows to those that count, as bools."""
-        import numpy as np
-
-        for file in self._buckets:
-            file.seek(0)
-            entries = np.frombuffer(file.read(), dtype=[("key", "<u8"), ("row", "<i8")])
-            if mask is not None:
-                entries = entries[mask(entries["row"])]
-            order = np.argsort(entries["key"], kind="stable")
-            keys = entries["key"][order]
-            yield entries["row"][order[1:][keys[1:] == keys[:-1]]]
-
-    def close(self) -> None:
-        """Delete the temporary files."""
-        for file in self._buckets:
-            file.close()
+    repeated = np.ones(len(keys), dtype=bool)
+    repeated[np.unique(keys, return_index=True)[1]] = False
+    return repeated
 
 
 class NearDuplicates:

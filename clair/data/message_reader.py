@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from clair.core.errors import UserError, one_line
@@ -84,10 +85,8 @@ class MessageReader:
     def message(self, turn: Any, location: str) -> dict[str, Any]:
         """One message, normalised. `location` names it in errors."""
         if isinstance(turn, str):
-            try:
+            with suppress(ValueError):
                 turn = json.loads(turn)
-            except ValueError as error:
-                raise UserError(f"{location} is {excerpt(turn)}; an object with role and content needed") from error
         if not isinstance(turn, Mapping):
             raise UserError(f"{location} is {excerpt(turn)}; an object with role and content needed")
         message = {str(key): value for key, value in turn.items() if value is not None}
@@ -110,8 +109,10 @@ class MessageReader:
         if "function_call" in message:  # OpenAI's key before tool_calls
             message["tool_calls"] = self._function_calls(message.pop("function_call"), location)
         if "tool_calls" in message:
-            message["tool_calls"] = self._tool_calls(message["tool_calls"], f"tool_calls of {location}")
-            if not message["tool_calls"]:
+            calls_location = f"tool_calls of {location}"
+            calls = self.objects(message["tool_calls"], calls_location)
+            message["tool_calls"] = [self._tool_call(call, calls_location) for call in calls]
+            if not calls:
                 del message["tool_calls"]
         return {"role": name, "content": self._content(content, message, location), **message}
 
@@ -143,9 +144,6 @@ class MessageReader:
         calls = self.parse_json(value, f"the function call of {location}")
         calls = calls if isinstance(calls, list) else [calls]
         return [{"type": "function", "function": call} for call in calls]
-
-    def _tool_calls(self, value: Any, location: str) -> list[dict[str, Any]]:
-        return [self._tool_call(call, location) for call in self.objects(value, location)]
 
     def _tool_call(self, call: dict[str, Any], location: str) -> dict[str, Any]:
         nested = call.get("function")
@@ -203,10 +201,8 @@ def require_utf8(text: str, location: str) -> str:
 
 def parse_literal(text: str) -> Any:
     """The value of JSON text or of a Python literal (pandas writes lists so into a CSV); None for any other text."""
-    try:
+    with suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -204,9 +204,8 @@ class _RowReader:
     def _add_text(self, messages: Messages, column: str, *, is_text: bool) -> Messages:
         """The prompt with the text of another column. `input` goes under a question that is text; others get a note."""
         text = self.row.get(column)
-        if not isinstance(text, str) or not text.strip():
-            return messages
-        if any(text.strip() in message["content"] for message in messages):
+        # A blank text stands in every message.
+        if not isinstance(text, str) or any(text.strip() in message["content"] for message in messages):
             return messages
         if column != "input" or not is_text:
             self.repairs.append(f"unread:{column}")
@@ -229,11 +228,9 @@ class _RowReader:
 
     def _add_system_turn(self, prompt: Messages) -> Messages:
         text = self.row.get("system")
-        if text is None or text == "":
-            return prompt
-        if not isinstance(text, str):
+        if text is not None and not isinstance(text, str):
             raise UserError(f"'system' is {excerpt(text)}; text needed")
-        if not text.strip():
+        if not text or not text.strip():
             return prompt
         if prompt and prompt[0]["role"] in ("system", "developer"):
             if text.strip() not in prompt[0]["content"]:

@@ -133,11 +133,9 @@ def _row_files(source: Path, split: str, name: str | None) -> list[Path]:
         return []
     _check_configuration(source, name)
     splits = datasets.load_dataset_builder(str(source), name).config.data_files or {}
-    if split not in splits:
-        if splits:
-            raise UserError(f"dataset {source} has no split {split!r}; found: {', '.join(map(str, splits))}")
-        return []
-    files = [Path(file) for file in splits[split]]
+    if splits and split not in splits:
+        raise UserError(f"dataset {source} has no split {split!r}; found: {', '.join(map(str, splits))}")
+    files = [Path(file) for file in splits.get(split, ())]
     return files if all(file.is_file() and kind_of(file) not in (None, ".parquet") for file in files) else []
 
 
@@ -174,8 +172,7 @@ def _rename_columns(dataset: Dataset, columns: Mapping[str, str], location: str)
     _check_columns_exist(columns, dataset.column_names, location)
     columns = {name: column for name, column in columns.items() if name != column}
     replaced = [name for name in columns if name in dataset.column_names and name not in columns.values()]
-    dataset = dataset.remove_columns(replaced)
-    return dataset.rename_columns({column: name for name, column in columns.items()})
+    return dataset.remove_columns(replaced).rename_columns({column: name for name, column in columns.items()})
 
 
 def _check_columns_exist(columns: Mapping[str, str], existing: Sequence[str], location: str) -> None:

@@ -126,15 +126,15 @@ def encode_row(row: Mapping[str, Any], location: str, *, keep_text: bool = False
         traits[f"column:{name}"] = None
         traits[f"kind:{'text' if isinstance(value, str) else 'messages'}"] = None
         for turn in value if isinstance(value, list) else ():
-            traits |= {f"key:{key}:{_type_name(turn[key])}": None for key in turn if key not in ("role", "content")}
+            traits |= {
+                f"key:{key}:{_ARROW_TYPES.get(type(turn[key]), 'json')}": None
+                for key in turn
+                if key not in ("role", "content")
+            }
     objects = {name: result[name] for name in _OBJECTS if name in result}
     traits |= {f"column:{name}": None for name in objects}
     text = json.dumps({**sides, **objects}, ensure_ascii=False)
     return require_utf8(text, f"{location}: a tool or a key of a message"), list(traits)
-
-
-def _type_name(value: Any) -> str:
-    return _ARROW_TYPES.get(type(value), "json")
 
 
 def _drop_struct_nulls(value: Any, feature: Any) -> Any:
@@ -224,15 +224,13 @@ def restore_row(row: Mapping[str, Any]) -> dict[str, Any]:
     restored = {name: value for name, value in row.items() if value is not None or name not in CONSUMED_COLUMNS}
     for name, value in restored.items():
         if name in _SIDES and isinstance(value, list):
-            restored[name] = [_restore_turn(turn) for turn in value]
+            restored[name] = [
+                {k: json.loads(v) if k == "tool_calls" else v for k, v in turn.items() if v is not None}
+                for turn in value
+            ]
         elif name in _OBJECTS and value is not None:
             restored[name] = json.loads(value)
     return restored
-
-
-def _restore_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
-    restored = {key: value for key, value in turn.items() if value is not None}
-    return restored | ({"tool_calls": json.loads(turn["tool_calls"])} if "tool_calls" in restored else {})
 
 
 def _notes(counts: Mapping[str, int], rows: int) -> list[str]:

@@ -120,8 +120,12 @@ class Ledger:
             count_live_runs(self.path)  # removes the lock files of dead runs
             self._lock = acquire_lock(self._lock_path)
             if replica:
-                self._synchronize(replica, send_all)
-        except OSError as error:
+                try:
+                    replica.open(self._writer, send_all=send_all)
+                except BaseException:
+                    self._release()
+                    raise
+        except (OSError, sqlite3.Error) as error:
             raise LedgerError(_error_message(self.path, error)) from error
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._broken: LedgerError | None = None
@@ -161,8 +165,7 @@ class Ledger:
 
         Calls without a known end count with their maximal cost. `in_batches` counts only those of a Batch API.
         """
-        query = _SPENT_IN_BATCHES if in_batches else _SPENT
-        rows = self.read(query, account)
+        rows = self.read(_SPENT_IN_BATCHES if in_batches else _SPENT, account)
         return {role: Tokens(prompt, completion) for role, prompt, completion in rows}
 
     def paid(self, role: str, prompt_id: str) -> Tokens:
@@ -175,10 +178,6 @@ class Ledger:
         """The duration of each answered call of a role for one prompt, from sending it to the end of its reply."""
         query = "SELECT seconds FROM calls WHERE role = ? AND row = ? AND state = 'done' AND seconds IS NOT NULL"
         return [seconds for (seconds,) in self.read(query, role, prompt_id)]
-
-    def counts(self) -> dict[str, int]:
-        """The number of requests in each state."""
-        return dict(self.read("SELECT state, count(*) FROM calls GROUP BY state"))
 
     def read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """The rows of a query. Raises LedgerError."""
@@ -327,28 +326,15 @@ class Ledger:
     def _connect(self) -> sqlite3.Connection:
         if lost_content(self.path):
             raise LedgerError(_damage_message(self.path, "the file is empty"))
-        try:
-            connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
-            enable_write_ahead_log(connection)
-            connection.execute("PRAGMA synchronous = FULL")
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > VERSION:
-                raise LedgerError(f"ledger {self.path} has format {version}; this version reads {VERSION}")
-            if version < VERSION:
-                migrate(connection)
-        except sqlite3.Error as error:
-            raise LedgerError(_error_message(self.path, error)) from error
+        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        enable_write_ahead_log(connection)
+        connection.execute("PRAGMA synchronous = FULL")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise LedgerError(f"ledger {self.path} has format {version}; this version reads {VERSION}")
+        if version < VERSION:
+            migrate(connection)
         return connection
-
-    def _synchronize(self, replica: LedgerReplica, send_all: bool) -> None:
-        try:
-            replica.open(self._writer, send_all=send_all)
-        except sqlite3.Error as error:
-            self._release()
-            raise LedgerError(_error_message(self.path, error)) from error
-        except BaseException:
-            self._release()
-            raise
 
 
 @dataclass(slots=True)

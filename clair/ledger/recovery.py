@@ -228,14 +228,12 @@ def _varint(page: bytes, offset: int) -> tuple[int, int]:
     Raises IndexError at the end of the page.
     """
     value = 0
-    for count in range(9):
+    for count in range(8):
         byte = page[offset + count]
-        if count == 8:
-            return value << 8 | byte, offset + 9
         value = value << 7 | byte & 0x7F
         if byte < 0x80:
             return value, offset + count + 1
-    raise AssertionError
+    return value << 8 | page[offset + 8], offset + 9
 
 
 class _Pages:

@@ -157,8 +157,7 @@ class LedgerReplica:
         return current
 
     def _replica_id(self, segment: _Segment) -> str:
-        header = next(self._lines(segment, self.store.get(segment.name)))
-        return header["log"]
+        return next(self._lines(segment, self.store.get(segment.name)))["log"]
 
     def _lines(self, segment: _Segment, data: bytes) -> Iterator[Any]:
         try:
@@ -214,8 +213,7 @@ def _apply_row(connection: sqlite3.Connection, kind: str, key: str, row: dict[st
     name = _TABLES[kind]
     unsent = connection.execute("SELECT 1 FROM unsent WHERE kind = ? AND key = ?", (kind, key)).fetchone()
     if unsent and kind == "calls" and row:
-        local = connection.execute("SELECT run, state, open_prompt, open_completion FROM calls WHERE key = ?", (key,))
-        run, state, *_ = local.fetchone()
+        run, state = connection.execute("SELECT run, state FROM calls WHERE key = ?", (key,)).fetchone()
         if run == row["run"]:
             return  # the same run wrote both, the local one later
         if state == "done" and row["state"] != "done":

@@ -115,9 +115,8 @@ def build(
         check_resumable(config, out, update=update)
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
-            report_progress = on_progress or (lambda *_: None)
-            policy = crash_policy or CrashPolicy()
-            result = run_async(_build(config, prompt_scan, output, ledger, report_progress, shard, resources, policy))
+            options = (on_progress or (lambda *_: None), shard, resources, crash_policy or CrashPolicy())
+            result = run_async(_build(config, prompt_scan, output, ledger, *options))
         if result.stopped:
             return result
         output.remove(CURRENT_ROW)
@@ -141,12 +140,16 @@ async def _build(
     crash_policy: CrashPolicy,
 ) -> BuildResult:
     started = time.monotonic()
-    out = output.folder
     async with open_run(config, ledger, resources=resources) as run:
         while True:
-            options: dict[str, Any] = {"seed": config.seed, "test_fraction": config.test_fraction}
-            options["template_options"] = config.target and config.target.chat_template_kwargs
-            writer = DatasetWriter(out, **options, order=shard is not None, tools=prompt_scan.tools)
+            writer = DatasetWriter(
+                output.folder,
+                seed=config.seed,
+                test_fraction=config.test_fraction,
+                order=shard is not None,
+                tools=prompt_scan.tools,
+                template_options=config.target and config.target.chat_template_kwargs,
+            )
             finished = False
             try:
                 finished = await _fill(run, prompt_scan, writer, on_progress, shard, crash_policy, output)
@@ -157,9 +160,9 @@ async def _build(
     if not finished:
         if run.stop.error:
             raise run.stop.error
-        return BuildResult(out, {}, writer.failed, run.stop.reason)
+        return BuildResult(output.folder, {}, writer.failed, run.stop.reason)
     manifest = _manifest(config, prompt_scan, writer, run, hashes, time.monotonic() - started)
-    return BuildResult(out, manifest, writer.failed)
+    return BuildResult(output.folder, manifest, writer.failed)
 
 
 async def _fill(
@@ -196,9 +199,9 @@ async def _fill(
             if isinstance(outcome, Pending):
                 pending += 1
             elif isinstance(outcome, Pair):
-                writer.add(outcome, row.index)
+                writer.add(outcome.row(), row.index)
             else:
-                writer.drop(row.prompt.id, outcome, row.index)
+                writer.drop(outcome.row(row.prompt.id), row.index)
             on_progress(writer, run.clients)
             if writer.pairs == config.accept and not pending:
                 return True

@@ -55,13 +55,12 @@ class BuildConfig(Recipe):
         for role in _ROLES:
             if getattr(self, role) is not None and role not in used:
                 raise ValueError(f"{role} is not used by the pipeline {self.pipeline!r}; remove it")
-        needed = used[1]
-        if needed == "stronger" and self.stronger is None and "stronger" not in self.prompts.columns:
+        if self.pipeline == "stronger" and self.stronger is None and "stronger" not in self.prompts.columns:
             raise ValueError(
                 "the pipeline 'stronger' needs stronger, a model; or its answers: prompts.columns.stronger"
             )
-        if needed == "reviser" and self.reviser is None:
-            raise ValueError(f"the pipeline {self.pipeline!r} needs {needed}")
+        if self.pipeline == "revised" and self.reviser is None:
+            raise ValueError("the pipeline 'revised' needs reviser")
         if self.pipeline != "judged" and self.samples != type(self).model_fields["samples"].default:
             raise ValueError("samples is not used by this pipeline; remove it")
         return self

@@ -59,7 +59,11 @@ _ASKS_FOR_CORRECTION = re.compile(
 def allusion(pair: Pair) -> str | None:
     """The chosen answer mentions the correction ("in this corrected solution ..."), and the task requested none."""
     match = _ALLUSION.search(pair.chosen)
-    if not match or _ALLUSION.search(pair.rejected) or _prompt_matches(pair, _ASKS_FOR_CORRECTION):
+    if (
+        not match
+        or _ALLUSION.search(pair.rejected)
+        or any(_ASKS_FOR_CORRECTION.search(message_text(message)) for message in pair.messages)
+    ):
         return None
     return pair.chosen[max(0, match.start() - 40) : match.end() + 40]
 
@@ -130,10 +134,6 @@ def gap(pair: Pair, above: float = 0.0) -> str | None:
     return None if difference > above else f"score gap {difference:g}"
 
 
-def _prompt_matches(pair: Pair, pattern: re.Pattern[str]) -> bool:
-    return any(pattern.search(message_text(message)) for message in pair.messages)
-
-
 _SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese mixes all three in any proportion
 
 
@@ -194,8 +194,5 @@ def _bind_options(name: str, options: bool | Mapping[str, Any]) -> Callable[[Pai
 
 def first_drop_reason(pair: Pair, filters: Filters) -> tuple[str, str] | None:
     """The name of the first filter that drops the pair, and its detail; None if no filter does."""
-    for name, function in filters:
-        detail = function(pair)
-        if detail is not None:
-            return name, detail
-    return None
+    reasons = ((name, detail) for name, function in filters if (detail := function(pair)) is not None)
+    return next(reasons, None)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from clair.core.files import file_sha256
 from clair.core.out_folder import check_entries, check_out_folder
@@ -30,36 +29,35 @@ _LEDGER = "ledger.sqlite"
 
 @dataclass(frozen=True)
 class Output:
-    """A folder that this process has locked; if it is the copy of a URL, also the object store and the URL's lock."""
+    """A folder that this process has locked; if it is the copy of a URL, also the lock of the URL in its store."""
 
     folder: Path
-    store: Store | None = None
     url_lock: UrlLock | None = None
 
     def ledger(self, path: Path, *, send_all: bool = False) -> Ledger:
         """Open the ledger at `path`. If the folder is the copy of a URL, every write goes to the object store too."""
-        if self.store is None or self.url_lock is None:
+        if self.url_lock is None:
             return Ledger(path)
-        return Ledger(path, LedgerReplica(self.store, self.url_lock.check), send_all=send_all)
+        return Ledger(path, LedgerReplica(self.url_lock.store, self.url_lock.check), send_all=send_all)
 
     def upload(self, name: str) -> None:
         """Upload a file of the folder to the object store, if there is one."""
-        if self.store and self.url_lock:
+        if self.url_lock:
             self.url_lock.check()
-            self.store.upload(name, self.folder / name)
+            self.url_lock.store.upload(name, self.folder / name)
 
     def remove(self, name: str) -> None:
         """Delete a file, if it exists, from the folder and the object store."""
         (self.folder / name).unlink(missing_ok=True)
-        if self.store and self.store.names(name):
-            self.store.delete([name])
+        if self.url_lock and self.url_lock.store.names(name):
+            self.url_lock.store.delete([name])
 
     def publish(self) -> None:
         """Upload all files of the folder but the ledger to the object store, if there is one.
 
         dropped.jsonl goes before the pairs, as `clair keep` needs it to resume, and the manifest goes last.
         """
-        if self.store is None:
+        if self.url_lock is None:
             return
         files = [file for file in self.folder.rglob("*") if file.is_file()]
         names = [str(file.relative_to(self.folder)) for file in files]
@@ -69,12 +67,12 @@ class Output:
 
     def fetch(self, hashes: Mapping[str, str]) -> None:
         """Download the files whose local copy does not have the given SHA-256, if there is an object store."""
-        if self.store is None:
+        if self.url_lock is None:
             return
         for name, sha256 in hashes.items():
             file = self.folder / name
             if not file.is_file() or file_sha256(file) != sha256:
-                self.store.fetch(name, file)
+                self.url_lock.store.fetch(name, file)
 
 
 @contextmanager
@@ -92,7 +90,7 @@ def lock_output(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
             yield Output(folder)
             return
         store = Store(out)
-        output = Output(folder, store, stack.enter_context(lock_url(store, folder, patience)))
+        output = Output(folder, stack.enter_context(lock_url(store, folder, patience)))
         names = store.names()
         for name in (*DATASET_FILES, CURRENT_ROW):
             if name in names:
@@ -107,28 +105,23 @@ def lock_output(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
 def _lock_folder(folder: Path, name: str, patience: float) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="ascii") as file:
-        if not _flock(file, patience):
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise InUse(f"{name} is in use by process {owner}; wait for it, or choose another --out")
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    owner = file.read().strip() or "unknown"
+                    raise InUse(f"{name} is in use by process {owner}; wait for it, or choose another --out") from None
+            time.sleep(0.1)
         if not os.fstat(file.fileno()).st_nlink:  # deleted by the process that held the lock
             raise InUse(f"{name} was released by another process just now; run the same command again")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _flock(file: TextIO, patience: float) -> bool:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-        time.sleep(0.1)
 
 
 def check_output(out: str | Path) -> None:

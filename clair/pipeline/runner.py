@@ -73,10 +73,8 @@ class PipelineRun:
         return run_rows(self._run_row, rows, self.clients, self.stop, max_begun=max_begun, on_row_done=on_row_done)
 
     async def _run_row(self, row: PromptRow) -> Pair:
-        if row.skip_reason == KILLED_WORKER:
-            raise Dropped("prompts", KILLED_WORKER, "the process that built this row died of it, twice", failed=True)
-        if row.skip_reason:
-            raise Dropped("prompts", row.skip_reason, _SKIP_REASONS[row.skip_reason])
+        if reason := row.skip_reason:
+            raise Dropped("prompts", reason, _SKIP_REASONS[reason], failed=reason == KILLED_WORKER)
         return await self.make_pair(row.prompt)
 
     async def wait(self, on_poll: Callable[[], None]) -> bool:
@@ -180,4 +178,5 @@ _SKIP_REASONS = {
     "duplicate": "the same prompt came before",
     "near_duplicate": "nearly the same prompt came before",
     "in_benchmark": "the benchmark of prompts.not_in asks this",
+    KILLED_WORKER: "the process that built this row died of it, twice",
 }

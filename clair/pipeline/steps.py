@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from clair.core.files import content_hash
 from clair.core.statistics import wilson
 from clair.data.contrast import contrast_of
-from clair.data.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Reply, Revision, trimmed
+from clair.data.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Revision, trimmed
 from clair.inference.batch_service import Pending
 from clair.inference.client import ModelClient
 from clair.inference.model import visible_answer
@@ -61,38 +61,32 @@ class Judge:
 
 
 async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0) -> Answer:
-    """The model's answer, or the row's own. Drops an incomplete answer: the chosen answer would merely complete it."""
+    """The row's own answer without hidden reasoning, or else the model's. Drops an incomplete or empty answer.
+
+    The chosen answer would merely complete an incomplete one.
+    """
     if prompt.answer is not None:
-        return ready(prompt.answer)
+        text = visible_answer(prompt.answer)
+        if not text.strip():
+            raise Dropped("target", "empty_reply", "the row's answer is blank, or only hidden reasoning")
+        return Answer(text)
     if model is None:
         raise Dropped("target", "no_answer", "the row has no answer and the recipe has no target")
     return await answer_of(prompt, model, sample)
-
-
-def ready(answer: str) -> Answer:
-    """The answer that came with the prompt, without a model's hidden reasoning. Drops an empty answer."""
-    text = visible_answer(answer)
-    if not text.strip():
-        raise Dropped("target", "empty_reply", "the row's answer is blank, or only hidden reasoning")
-    return Answer(text)
 
 
 async def answer_of(prompt: Prompt, model: ModelClient, sample: int = 0) -> Answer:
     """The model's `sample`-th answer to the prompt. Drops an incomplete or empty answer."""
     reply = await model.complete(list(prompt.messages), row=prompt.id, sample=sample, tools=prompt.tools)
     if reason := reply.incomplete(tools=bool(prompt.tools)):
-        raise Dropped(model.role, reason, _why_incomplete(reason, reply, model.role))
+        detail = reply.refusal or f"{FAILURES[reason]} (finish_reason {reply.finish_reason!r})"
+        too_long = f"the answer ran into max_tokens; raise {model.role}.max_tokens"
+        raise Dropped(model.role, reason, too_long if reason == "truncated" else detail)
     calls = reply.tool_calls if prompt.tools else ()
     if not (reply.text.strip() or calls):
         raise Dropped(model.role, "empty_reply", f"the {model.role} said nothing")
     # Thoughts belong to a pair only if the recipe names the mode in which the model is trained.
     return Answer(trimmed(reply.text), calls, reply.thinking if "chat_template_kwargs" in model.options else "")
-
-
-def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
-    if reason == "truncated":
-        return f"the answer ran into max_tokens; raise {role}.max_tokens"
-    return reply.refusal or f"{FAILURES[reason]} (finish_reason {reply.finish_reason!r})"
 
 
 async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
@@ -194,10 +188,8 @@ async def _ask_and_read(
 
 def apply_filters(pair: Pair, filters: Filters) -> Pair:
     """The pair with its contrast measured. Raises Dropped with the name of the first filter that rejects it."""
-    contrast = contrast_of(pair.chosen, pair.rejected)._asdict()
-    measured = replace(pair, contrast=contrast)
-    reason = first_drop_reason(measured, filters)
-    if reason:
+    measured = replace(pair, contrast=contrast_of(pair.chosen, pair.rejected)._asdict())
+    if reason := first_drop_reason(measured, filters):
         raise Dropped("filter", *reason)
     return measured
 

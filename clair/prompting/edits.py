@@ -30,14 +30,8 @@ def parse_edits(text: str, finish_reason: str | None, answer: str, template: str
         return Revision(reasoning, answer)
     if not blocks or remainder or not all(find.strip() for find, _ in blocks):
         raise ParseFailure("no_edits", IDENTIFIERS["edits"])
-    return Revision(reasoning, _applied(answer, blocks))
-
-
-def _applied(answer: str, blocks: list[tuple[str, str]]) -> str:
-    """The edited answer, with its own line ends. Replies have the line ends `\\n`."""
-    if "\r\n" not in answer:
-        return apply_edits(answer, blocks)
-    return written_like(apply_edits(answer.replace("\r\n", "\n"), blocks), answer)
+    edited = apply_edits(answer.replace("\r\n", "\n"), blocks)  # a reply has the line ends \n
+    return Revision(reasoning, written_like(edited, answer) if "\r\n" in answer else edited)
 
 
 def _blocks(section: str) -> tuple[list[tuple[str, str]], str]:

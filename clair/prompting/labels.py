@@ -159,6 +159,10 @@ _LABEL_TOPIC = re.compile(
 
 
 def resembles_label(match: re.Match[str], answer: str) -> bool:
+    """True if a match of `LABEL_CANDIDATE` may be an identifier: misspelt, invented, or translated in braces.
+
+    Words in braces that are in the revised `answer` are no identifier.
+    """
     from rapidfuzz.fuzz import ratio
 
     letters = re.sub(r"[\W\d_]", "", match["words"].lower())
@@ -195,5 +199,6 @@ def fenced_spans(body: str) -> list[tuple[int, int]]:
 
 
 def is_inside(position: int, spans: list[tuple[int, int]]) -> bool:
+    """True if a position lies in one of the (start, end) spans, which are in order."""
     index = bisect_right(spans, position, key=lambda span: span[0]) - 1
     return index >= 0 and position < spans[index][1]

@@ -187,9 +187,8 @@ def split_reply(kind: str, text: str, finish_reason: str | None, answer: str = "
     if any(later.kind != kind and later.start > label.start for later in outside):
         raise ParseFailure("labels_out_of_order", identifier)
     section = body[label.end :]
-    if section.partition("\n")[
-        0
-    ].strip():  # text on the line of the label: keep the space that is also the indentation of the answer
+    if section.partition("\n")[0].strip():
+        # The text begins on the line of the label: keep the space that is also the indentation of the answer.
         text, prefix = section.lstrip(" \t"), body[: label.end]
         space = prefix[len(prefix.rstrip(" \t")) :] + section[: len(section) - len(text)]
         indentation = trimmed(answer)[: len(trimmed(answer)) - len(trimmed(answer).lstrip(" \t"))]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import write_atomically
-from clair.data.dataset import CONTRAST, read_manifest, read_rows
+from clair.data.dataset import CONTRAST, SPLITS, read_manifest, read_rows
 from clair.data.records import message_text
 from clair.pipeline.filters import FILTERS
 from clair.prompting.parse import FAILURES
@@ -33,7 +33,6 @@ _ROWS_BYTES = 13_000_000
 _DROPS_BYTES = 3_000_000
 _MIN_CLIP, _MAX_CLIP = 24_000, 100_000
 _CELLS = 24
-_SPLITS = ("train", "test")
 _ASSETS = ("report.html", "report.css", "overview.js", "report.js")
 
 
@@ -47,7 +46,7 @@ def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[
     manifest = read_manifest(folder)
     is_match = read_filters(filters)
     rows = Rows()
-    for split in _SPLITS:
+    for split in SPLITS:
         for row in read_rows(folder, [split]):
             rows.add(row, split, is_match)
     if filters and not rows.matching:
@@ -61,7 +60,12 @@ def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[
             "filters": list(filters),
             "overview": overview(manifest, rows),
             "metrics": METRICS,
-            "rows": _columns(rows, listed),
+            "rows": {
+                "id": [rows.ids[i] for i in listed],
+                "test": [rows.test[i] for i in listed],
+                "opening": [rows.openings[i] for i in listed],
+                "numbers": {name: [compact_number(column[i]) for i in listed] for name, column in rows.numbers.items()},
+            },
             "drops": _drops(folder, manifest),
         }
     )
@@ -74,15 +78,6 @@ def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[
     return target
 
 
-def _columns(rows: Rows, listed: Sequence[int]) -> dict[str, Any]:
-    return {
-        "id": [rows.ids[i] for i in listed],
-        "test": [rows.test[i] for i in listed],
-        "opening": [rows.openings[i] for i in listed],
-        "numbers": {name: [compact_number(column[i]) for i in listed] for name, column in rows.numbers.items()},
-    }
-
-
 def _texts(folder: Path, rows: Rows, listed: Sequence[int], free_bytes: int) -> dict[int, str]:
     """The full texts that fit into `free_bytes`, as JSON members by index in the page's list of pairs."""
     list_index = {i: index for index, i in enumerate(listed)}
@@ -91,7 +86,7 @@ def _texts(folder: Path, rows: Rows, listed: Sequence[int], free_bytes: int) -> 
     order = order[: max(FULL_TEXTS, sum(1 for _ in takewhile(lambda total: total <= _SHORT, characters)))]
     limit = min(_MAX_CLIP, max(_MIN_CLIP, free_bytes // (8 * max(1, len(order)))))
     chosen, members = set(order), {}
-    for i, row in enumerate(read_rows(folder, _SPLITS)):
+    for i, row in enumerate(read_rows(folder)):
         if i in chosen:
             members[i] = f'"{list_index[i]}":{json_text(full_text(row, limit))}'
     fitting, used_bytes = [], 0
@@ -119,11 +114,11 @@ def _drops(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The dropped rows in the order of the file; if not all fit, about equally many of each reason."""
     with open(folder / "dropped.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    names = sorted({f"{row['stage']}.{row['reason']}" for row in rows} | set(manifest["drop_reasons"]))
+    row_names = [f"{row['stage']}.{row['reason']}" for row in rows]
+    names = sorted({*row_names, *manifest["drop_reasons"]})
     counts: Counter[str] = Counter()
     ranked = []
-    for i, row in enumerate(rows):
-        name = f"{row['stage']}.{row['reason']}"
+    for i, name in enumerate(row_names):
         ranked.append((counts[name], i))
         counts[name] += 1
     listed, used_bytes = [], 0
@@ -132,13 +127,13 @@ def _drops(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         if used_bytes > _DROPS_BYTES:
             break
         listed.append(i)
-    shown = [rows[i] for i in sorted(listed)]
+    listed.sort()
     return {
         "reasons": [{"name": name, "help": explain(name), "count": counts[name]} for name in names],
-        "reason": [names.index(f"{row['stage']}.{row['reason']}") for row in shown],
-        "id": [row["id"] for row in shown],
-        "detail": [row["detail"] for row in shown],
-        "failed": [int(row["failed"]) for row in shown],
+        "reason": [names.index(row_names[i]) for i in listed],
+        "id": [rows[i]["id"] for i in listed],
+        "detail": [rows[i]["detail"] for i in listed],
+        "failed": [int(rows[i]["failed"]) for i in listed],
     }
 
 
@@ -172,13 +167,12 @@ def overview(manifest: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
     result = {name: manifest[name] for name in (*names, "seconds", "seed", "review", "recipe") if name in manifest}
     return result | {
         "made_by": {"python": manifest.get("python"), **(manifest.get("versions") or {})},
-        "histograms": {name: _histogram(name, _without_nan(rows.numbers[name])) for name in CONTRAST},
+        "histograms": {
+            name: _histogram(name, [value for value in rows.numbers[name] if not math.isnan(value)])
+            for name in CONTRAST
+        },
         "lengths": _lengths(rows),
     }
-
-
-def _without_nan(column: Iterable[float]) -> list[float]:
-    return [value for value in column if not math.isnan(value)]
 
 
 def _histogram(name: str, values: Sequence[float]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import html
 import json
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -125,8 +126,6 @@ def histogram(values: Sequence[float], edges: Sequence[float]) -> dict[str, Any]
 
     A bin includes its lower edge, the last bin both edges. Values outside are counted in the outermost bins.
     """
-    from bisect import bisect_right
-
     counts = [0] * (len(edges) - 1)
     for value in values:
         counts[min(max(bisect_right(edges, value) - 1, 0), len(counts) - 1)] += 1

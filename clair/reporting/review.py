@@ -146,21 +146,18 @@ def _check_fits(source: Path, manifest: Mapping[str, Any], decisions: Decisions)
             f"since; make the page again with `clair report {source}` and open the decisions file in it"
         )
     known_ids = {id for split in SPLITS for id in _ids(source, split)}
-    known_ids |= {row["id"] for row in map(json.loads, _dropped_lines(source)) if _is_mark(row)}
+    known_ids |= {
+        row["id"] for row in map(json.loads, _dropped_lines(source)) if (row["stage"], row["reason"]) == (STAGE, REASON)
+    }
     unknown = sorted(decisions.by_id.keys() - known_ids)
     if unknown:
         raise UserError(f"{source} has no pair {list_some(unknown, _MAX_NAMED)}; decisions may name only its pairs")
 
 
-def _is_mark(row: Mapping[str, Any]) -> bool:
-    return (row["stage"], row["reason"]) == (STAGE, REASON)
-
-
 def _ids(folder: Path, split: str) -> list[str]:
     import pyarrow.parquet as pq
 
-    ids: list[str] = pq.read_table(folder / split_file(split), columns=["id"])["id"].to_pylist()
-    return ids
+    return pq.read_table(folder / split_file(split), columns=["id"])["id"].to_pylist()
 
 
 def _dropped_lines(folder: Path) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from array import array
 from collections import defaultdict
@@ -13,7 +14,6 @@ from typing import Any
 from clair.core.errors import UserError, near_miss, one_line
 from clair.core.files import content_hash
 from clair.data.contrast import split_words
-from clair.data.dataset import CONTRAST
 from clair.data.records import message_text
 from clair.reporting.html_page import json_text
 
@@ -21,7 +21,6 @@ _OPENING = 110
 _MIN_OPENING = 40  # bytes of JSON; shorter openings are useless
 
 METRICS = {
-    **dict.fromkeys(CONTRAST, ""),
     "jaccard": "shared distinct words over all distinct words",
     "levenshtein": "single-character edits from rejected to chosen",
     "kept": "share of rejected's words that chosen keeps in order",
@@ -31,7 +30,7 @@ METRICS = {
     "rejected_words": "words of rejected",
     "more_words": "words of chosen less words of rejected",
 }
-"""The metrics to sort and filter by, with a description; contrast metrics are described on the page."""
+"""The metrics to sort and filter by, with a description."""
 
 
 @dataclass
@@ -52,7 +51,11 @@ class Rows:
         values: dict[str, float] = dict(
             zip(("chosen_words", "rejected_words", "more_words"), (*count, count[0] - count[1]), strict=True)
         )
-        values |= {name: _rounded(value) for name, value in (row.get("contrast") or {}).items() if name in METRICS}
+        values |= {
+            name: math.nan if value is None else round(value, 4)
+            for name, value in (row.get("contrast") or {}).items()
+            if name in METRICS
+        }
         for name, column in self.numbers.items():
             column.append(values.get(name, math.nan))
         if is_match({**values, "split": split, "id": row["id"], "text": row}):
@@ -63,10 +66,6 @@ class Rows:
         self.characters.append(len(chosen) + len(rejected) + sum(len(message_text(turn)) for turn in row["prompt"]))
 
 
-def _rounded(value: float | None) -> float:
-    return math.nan if value is None else round(value, 4)
-
-
 def opening(messages: Sequence[Mapping[str, str]]) -> str:
     """The first words of the last user turn, on one line; of the last turn if there is no user turn."""
     turns = [m for m in messages if m["role"] == "user"] or list(messages)
@@ -75,11 +74,11 @@ def opening(messages: Sequence[Mapping[str, str]]) -> str:
 
 _FILTER = re.compile(r"\s*(\w+)\s*(<=|>=|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "=": lambda a, b: a == b,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "=": operator.eq,
 }
 
 

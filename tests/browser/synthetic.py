@@ -111,9 +111,9 @@ def write_dataset(folder: Path, pairs: Sequence[Pair], drops: int = 0, test_frac
     """A dataset folder as `clair build` leaves it, without its ledger: these pairs, and a number of dropped rows."""
     writer = DatasetWriter(folder, seed=0, test_fraction=test_fraction)
     for pair in pairs:
-        writer.add(pair)
+        writer.add(pair.row())
     for number in range(drops):
-        writer.drop(content_hash(["dropped", number])[:16], DROPS[number * 7 % 11 % len(DROPS)])
+        writer.drop(DROPS[number * 7 % 11 % len(DROPS)].row(content_hash(["dropped", number])[:16]))
     files = writer.close(keep=True)
     manifest = _manifest(writer, files)
     write_json(folder / "manifest.json", manifest)

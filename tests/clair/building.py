@@ -21,11 +21,17 @@ import yaml
 
 from clair import cli
 from clair.core.recipe import resolve
+from clair.ledger.ledger import Ledger
 from clair.pipeline.config import BuildConfig
 from recipes.world.running import running_module
 
 ROOT = Path(__file__).parents[2]
 SPLIT_FILES = ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")
+
+
+def call_counts(ledger: Ledger) -> dict[str, int]:
+    """The number of requests in each state."""
+    return dict(ledger.read("SELECT state, count(*) FROM calls GROUP BY state"))
 
 
 # ---- what goes in

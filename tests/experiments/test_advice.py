@@ -65,7 +65,7 @@ def test_runs_go_seed_by_seed_with_the_advice_s_beta_and_each_objective_s_rate()
 def test_labels_are_exchanged_in_half_of_the_pairs_or_in_all(tmp_path):
     writer = DatasetWriter(tmp_path / "built", seed=0, test_fraction=0.0)
     for task in distinct_tasks("train", 40, seed=0):
-        writer.add(Pair(task.id, ({"role": "user", "content": task.prompt},), task.right, task.wrong))
+        writer.add(Pair(task.id, ({"role": "user", "content": task.prompt},), task.right, task.wrong).row())
     writer.close(keep=True)
     right = {task.prompt: task.right for task in distinct_tasks("train", 40, seed=0)}
     for half, expected in ((True, 20), (False, 0)):

@@ -53,7 +53,7 @@ def write_set(folder: Path, lengths: dict[str, int]) -> None:
         prompt: list[Message] = [{"role": "user", "content": f"prompt {id}"}]
         chosen, rejected = "five " * length, "four " * length
         contrast = contrast_of(chosen, rejected)._asdict()
-        writer.add(Pair(id, prompt, chosen, rejected, "", {"chosen": "a", "rejected": "b"}, contrast))
+        writer.add(Pair(id, prompt, chosen, rejected, "", {"chosen": "a", "rejected": "b"}, contrast).row())
     hashes = writer.close(keep=True)
     write_json(folder / "manifest.json", {"counts": writer.all_counts(), "files": hashes})
 

@@ -173,7 +173,7 @@ def write_pairs(run: Path) -> None:
     for task in distinct_tasks("train", 40, seed=0):
         prompt: list[Message] = [{"role": "user", "content": task.prompt}]
         contrast = contrast_of(task.right, task.wrong)._asdict()
-        writer.add(Pair(task.id, prompt, task.right, task.wrong, "", {"chosen": "a", "rejected": "b"}, contrast))
+        writer.add(Pair(task.id, prompt, task.right, task.wrong, "", {"chosen": "a", "rejected": "b"}, contrast).row())
     write_json(run / "data.json", {"clair": {"sha256": writer.close(keep=True)}})
 
 

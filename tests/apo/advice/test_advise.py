@@ -230,7 +230,7 @@ def test_the_authors_of_both_sides_are_read_from_the_folder(tmp_path):
     writer = DatasetWriter(folder, seed=0, test_fraction=0.0)
     for number in range(4):
         models = {"chosen": "model" if number else "stronger", "rejected": "model"}
-        writer.add(Pair(str(number), tuple(turn(f"what is {number}")), "yes", "no", "", models))
+        writer.add(Pair(str(number), tuple(turn(f"what is {number}")), "yes", "no", "", models).row())
     writer.close(keep=True)
     manifest = {"model": {"model": "model", "identity": weights_identity(MODEL)}}
     write_json(folder / "manifest.json", {"models": {"target": manifest["model"]}})

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import random
 
-from clair.data.deduplication import Benchmark, NearDuplicates, RepeatedKeys
-from clair.data.prompt_sources import PromptSource, each_prompt
+import numpy as np
+import pytest
+
+from clair.core.errors import UserError
+from clair.data.deduplication import Benchmark, NearDuplicates, repeated_keys
+from clair.data.prompt_sources import PromptSource, each_prompt, scan
 
 VOCABULARY = [f"w{i}" for i in range(500)]
 
@@ -49,19 +53,19 @@ def test_prompts_are_left_out_by_reason_and_the_first_stays(tmp_path):
 def test_rows_whose_key_came_before_are_found_however_many_there_are():
     draw = random.Random(0)
     keys = [draw.choice([0, 2**64 - 1, draw.getrandbits(64), draw.getrandbits(14)]) for _ in range(40_000)]
-    repeats, seen_keys, again = RepeatedKeys(), set(), []
-    for row, key in enumerate(keys):
-        repeats.add(key, row)
-        again += [row] if key in seen_keys else []
-        seen_keys.add(key)
-    assert any(bucket._rolled for bucket in repeats._buckets)  # onto disk
-    assert sorted(row for rows in repeats.repeated() for row in rows.tolist()) == again
-    repeats.close()
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    expected = [first[key] != row for row, key in enumerate(keys)]
+    assert repeated_keys(np.array(keys, np.uint64)).tolist() == expected
 
 
-def test_rows_that_do_not_count_are_no_earlier_rows_either():
-    repeats = RepeatedKeys()
-    for row, key in enumerate([7, 7, 7, 9]):
-        repeats.add(key, row)
-    assert [row for rows in repeats.repeated(lambda rows: rows > 0) for row in rows.tolist()] == [2]
-    repeats.close()
+def test_an_id_may_stand_for_one_prompt_only_and_an_equal_row_is_a_repetition(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = [("a", "one"), ("a", "one"), ("b", "two"), ("b", "two"), ("c", "three")]
+    file.write_text("".join(json.dumps({"id": id, "prompt": text}) + "\n" for id, text in rows))
+    scanned = scan(PromptSource(path=str(file)))
+    assert (scanned.rows, scanned.unique) == (5, 3)
+    assert [scanned.repeats(row) for row in range(5)] == [False, True, False, True, False]
+    with open(file, "a") as lines:
+        lines.write(json.dumps({"id": "c", "prompt": "four"}) + "\n")
+    with pytest.raises(UserError, match="row 6: the id 'c' stands for two different prompts"):
+        scan(PromptSource(path=str(file)))

@@ -47,7 +47,7 @@ def test_a_folder_of_ours_rebuilt_reads_as_rebuilt_by_anybody(tmp_path, read):
     for text in ("fifth", "sixth"):
         writer = DatasetWriter(folder, seed=0, test_fraction=0.0)
         contrast = dict.fromkeys(("jaccard", "levenshtein", "kept", "prefix", "length_ratio"), 0.5)
-        writer.add(Pair("a", ({"role": "user", "content": text},), "yes", "no", contrast=contrast))
+        writer.add(Pair("a", ({"role": "user", "content": text},), "yes", "no", contrast=contrast).row())
         files = writer.close(keep=True)
         counts = {"prompts": 1, "pairs": 1, "train": 1, "test": 0, "dropped": 0}
         manifest = {"counts": counts, "contrast": {}, "pipeline": "revised", "files": files}

@@ -7,6 +7,7 @@ import pytest
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_json
 from clair.pipeline.build import build
+from clair.storage.location import Location
 from tests.clair.building import manifest, pairs
 from tests.clair.scripted import Scripted, endpoint, install, oracle_verdict, recipe, revision
 
@@ -44,7 +45,7 @@ def test_the_judges_words_and_the_benchmark_are_known_by_content_too(tmp_path, m
     benchmark.write_text('{"prompt": "something else"}\n')
     rows = [{"id": "r", "prompt": "task", "answers": ["a bad answer", "a good answer"]}]
     config = recipe(tmp_path / "out", rows, pipeline="judged", judge=endpoint(template=str(template)))
-    config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"not_in": str(benchmark)})})
+    config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"not_in": Location(benchmark)})})
     build(config)
     for file, key in ((template, "judge.template_sha256"), (benchmark, "prompts.not_in_sha256")):
         text = file.read_text()

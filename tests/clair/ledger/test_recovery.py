@@ -16,7 +16,7 @@ import pytest
 from clair.core.errors import UserError
 from clair.ledger.ledger import Claim, ClaimResult, Ledger, LedgerError, StoredReply, Tokens, call_key
 from clair.ledger.recovery import count_readable, salvage
-from tests.clair.building import clair, error_line, final_bytes, scripted_rows, write_prompts, write_recipe
+from tests.clair.building import call_counts, clair, error_line, final_bytes, scripted_rows, write_prompts, write_recipe
 
 PAGE = 4096
 CLAIM = Claim("reviser", "m", "row", "/out", Tokens(10, 100))
@@ -72,7 +72,7 @@ def saved(path: Path, paid: dict[str, str]) -> int:
         by_key = {key: ledger.find(key) for key in paid}
         assert all(stored is None or stored == StoredReply(paid[key]) for key, stored in by_key.items())
         count = sum(stored is not None for stored in by_key.values())
-        assert ledger.counts().get("done", 0) == count
+        assert call_counts(ledger).get("done", 0) == count
     connection = sqlite3.connect(path)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
@@ -123,7 +123,7 @@ def others_in(path: Path, lost: int) -> int:
 
 def salvage_counts(path: Path) -> int:
     with Ledger(path) as ledger:
-        return sum(count for state, count in ledger.counts().items() if state != "done")
+        return sum(count for state, count in call_counts(ledger).items() if state != "done")
 
 
 @pytest.mark.parametrize("seed", range(6))

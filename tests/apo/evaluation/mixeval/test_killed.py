@@ -12,7 +12,7 @@ import pytest
 
 from tests.apo.evaluation.evaluating import JudgeServer, apo, final, judging, mixeval_command, start_apo
 from tests.apo.evaluation.questions import FREE_FORM, MULTIPLE_CHOICE
-from tests.clair.building import CommandResult, finished
+from tests.clair.building import CommandResult, call_counts, finished
 
 ROWS = 40
 CONCURRENCY = 8
@@ -110,7 +110,7 @@ def test_generation_killed_between_batches_resumes_with_the_next(tmp_path, real)
         time.sleep(0.05)
         if ledger.is_file() and ledger.stat().st_size:
             with Ledger(ledger) as opened:
-                answered = opened.counts().get("done", 0)
+                answered = call_counts(opened).get("done", 0)
     process.kill()
     finished(process)
     assert 0 < answered < 2 * ROWS, "killed too late to see anything"
