@@ -69,8 +69,7 @@ class _AnswerStatus:
 
 def _answers_config(config: MixEvalConfig) -> MixEvalConfig:
     """The config that only makes the answers: the rule parser scores them, which sends no requests."""
-    out = Path(config.out) / _ANSWERS
-    update = {"judge": "rule", "out": str(out), "ledger": None, "budget": None}
+    update = {"judge": "rule", "out": config.out / _ANSWERS, "ledger": None, "budget": None}
     return config.model_copy(update=update | {"independent_judgements": False, "upstream_files": False})
 
 
