@@ -15,7 +15,7 @@ from apo.advice.likelihood import LikelihoodEvidence, as_interval, measure_likel
 from apo.advice.rule import MAX_STRANGE, Evidence, advise, sample_size
 from apo.advice.tables import advice_lines, evidence_table
 from apo.analysis.distinguishability import Interval
-from apo.evaluation.config import Outcome, check_resumable, redacted
+from apo.evaluation.config import Outcome, redacted, resumable_ledger
 from apo.evaluation.winrate.verdicts import Comparison, prompt_key, summary
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
@@ -23,8 +23,6 @@ from clair.core.files import write_json
 from clair.core.provenance import provenance
 from clair.core.statistics import clustered_mean, wilson
 from clair.data.contrast import contrast_of
-from clair.ledger.ledger import Ledger
-from clair.pipeline.build import lock_output
 from clair.pipeline.steps import position_bias
 
 if TYPE_CHECKING:
@@ -65,8 +63,7 @@ def run(
     out, started = Path(config.out), time.monotonic()
     # Above this limit the rule refuses the pairs, so a judge would be paid for nothing.
     in_template = sum(inputs.strange.values()) <= MAX_STRANGE * len(inputs.rows)
-    with lock_output(out), Ledger(config.ledger_path) as ledger:
-        check_resumable(config, out, ledger, RESULT)
+    with resumable_ledger(config, RESULT) as ledger:
         replies = run_async(
             collect_replies(config, inputs, ledger, log, judge=config.judge is not None and in_template)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -38,6 +38,7 @@ class BenchmarkQuestion(Protocol):
 
 
 Row = TypeVar("Row", bound=BenchmarkQuestion)
+Work = TypeVar("Work")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def messages_for(row: BenchmarkQuestion, system: str | None) -> list[Message]:
     return [*first, {"role": "user", "content": row.text}]
 
 
-async def request_answer(client: ModelClient, request: AnswerRequest[Row], system: str | None) -> Answer[Row]:
+async def _request_answer(client: ModelClient, request: AnswerRequest[Row], system: str | None) -> Answer[Row]:
     """Request the model's answer, or take it from the ledger. Raises Dropped if there is none.
 
     An answer that the token limit cut off counts; one that was filtered, refused or interrupted is unresolved.
@@ -93,16 +94,14 @@ async def request_answer(client: ModelClient, request: AnswerRequest[Row], syste
     )
 
 
-def refused_answer(request: AnswerRequest[Row], dropped: Dropped) -> Answer[Row]:
-    """The empty, unresolved answer to a question that the model refused for good."""
-    return Answer(request.row, "", request.sample, unresolved=f"answer_{dropped.reason}")
-
-
 @dataclass
 class Answerer:
-    """A model that answers a benchmark's questions, with the tokens of its answers and its refusals."""
+    """A model that answers a benchmark's questions, with the tokens of its answers and its refusals.
 
-    client: ModelClient
+    Without a client it passes existing answers on.
+    """
+
+    client: ModelClient | None
     system: str | None
     stop: StopSignal
     tokens: dict[tuple[str, int], Tokens] = field(default_factory=dict)
@@ -111,17 +110,20 @@ class Answerer:
     """The server's messages about questions that it refused for good."""
     _answered: int = 0
 
-    def fill_batches(self, requests: int) -> bool:
-        """Lift the limit on requests in flight if the model forms its own batches. Returns True for such a model."""
-        local = isinstance(self.client.model, LocalModel)
-        if local:
-            self.client.limiter = Limiter(requests)
-        return local
+    def fill_batches(self, work: list[Work], row_of: Callable[[Work], BenchmarkQuestion]) -> list[Work]:
+        """The work, for a model that forms its own batches longest questions first and with all requests in flight."""
+        if self.client is not None and isinstance(self.client.model, LocalModel):
+            self.client.limiter = Limiter(len(work))
+            work.sort(key=lambda item: -len(row_of(item).text))
+        return work
 
-    async def answer(self, request: AnswerRequest[Row]) -> Answer[Row]:
+    async def answer(self, request: Answer[Row] | AnswerRequest[Row]) -> Answer[Row]:
         """The model's answer, or an unresolved one if it refuses. Stops the run if it refuses all first questions."""
+        if isinstance(request, Answer):
+            return request
+        assert self.client is not None, "a request needs a model"
         try:
-            answer = await request_answer(self.client, request, self.system)
+            answer = await _request_answer(self.client, request, self.system)
         except Dropped as dropped:
             if is_transient(dropped):
                 raise
@@ -130,24 +132,25 @@ class Answerer:
             if by_server and not self._answered and len(self.refusals) >= _MAX_REFUSALS:
                 message = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
                 self.stop.request(message, UserError(message))
-            return refused_answer(request, dropped)
+            return Answer(request.row, "", request.sample, unresolved=f"answer_{dropped.reason}")
         if answer.unresolved is not None:
             self.refusals.append(f"{answer.unresolved.removeprefix('answer_')}: {answer.text or 'no text'}")
         self._answered += 1
         self.tokens[request.row.text, request.draw] = Tokens(answer.prompt_tokens or 0, answer.completion_tokens or 0)
         return answer
 
+    def source(self, responses: str | None, ready_answers: Sequence[Answer[Any]] | None) -> ModelUsed:
+        """The model that answers; for existing answers their file or folder, with their hash as its identity."""
+        if self.client is not None:
+            return model_used(self.client)
+        texts = "\x1e".join(answer.text for answer in ready_answers or ())
+        digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()
+        return ModelUsed(name=Path(responses or "").resolve().name, identity=f"responses:{digest}")
+
 
 def model_used(client: ModelClient) -> ModelUsed:
-    """The model that answered."""
+    """The model that answers."""
     return ModelUsed(name=client.model.name, identity=client.model.identity, options=without_headers(client.options))
-
-
-def responses_used(path: str, answers: Sequence[Answer[Any]]) -> ModelUsed:
-    """The source of existing answers: their hash is its identity."""
-    texts = "\x1e".join(answer.text for answer in answers)
-    digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()
-    return ModelUsed(name=Path(path).resolve().name, identity=f"responses:{digest}")
 
 
 def usage_of(client: ModelClient, tokens: Iterable[tuple[int, int]], price: Price | None) -> Usage:

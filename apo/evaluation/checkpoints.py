@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import TypeVar
 
+from apo.evaluation.config import BenchmarkConfig
 from clair.core.errors import UserError
-from clair.inference.budget import BudgetConfig
-from clair.inference.config import ModelConfig
 from clair.storage.location import Location
 
-LEDGER = "ledger.sqlite"
-
-
-class _OneModelConfig(Protocol):
-    """The settings of an evaluation of one model."""
-
-    @property
-    def model(self) -> ModelConfig | None: ...
-
-    @property
-    def ledger(self) -> str | None: ...
-
-    @property
-    def budget(self) -> BudgetConfig | None: ...
-
-    @property
-    def out(self) -> Location: ...
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self: ...
-
-
-Config = TypeVar("Config", bound=_OneModelConfig)
+Config = TypeVar("Config", bound=BenchmarkConfig)
 
 
 def folder_names(models: Sequence[str]) -> list[str]:
@@ -55,7 +33,6 @@ def configs_by_model(config: Config, folders: Sequence[str]) -> list[Config]:
     if model is None or model.path is None or any(Location(folder).is_url for folder in folders):
         raise UserError("several models, and --runner, are for model folders; evaluate an endpoint alone")
     folders = list(folders) or [model.path]
-    ledger = config.ledger or config.out / LEDGER
     budget = config.budget
     if budget:
         money, tokens = budget.money, budget.tokens
@@ -66,7 +43,7 @@ def configs_by_model(config: Config, folders: Sequence[str]) -> list[Config]:
             update={
                 "model": model.model_copy(update={"path": folder}),
                 "out": config.out / name,
-                "ledger": ledger,
+                "ledger": config.ledger or str(config.ledger_path),
                 "budget": budget,
             }
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,7 @@ from clair.inference.config import ModelConfig, content_settings, redacted_model
 from clair.inference.model import LimitReached, PaymentRequired, Refused
 from clair.inference.open import InferenceConfig, Resources, running_clients
 from clair.ledger.ledger import Ledger
+from clair.pipeline.build import lock_output
 from clair.storage.location import Location, local
 
 SETTINGS = "settings.json"
@@ -53,6 +54,26 @@ class EvaluationConfig(Recipe):
     def ledger_path(self) -> Path:
         """The ledger file: `ledger`, or ledger.sqlite in the result folder."""
         return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
+
+
+class BenchmarkConfig(EvaluationConfig):
+    """Settings of a benchmark of one model, or of its responses. Each benchmark has these keys in its own order."""
+
+    if TYPE_CHECKING:
+        model: ModelConfig | None
+        responses: str | None
+        system: str | None
+        samples: int
+
+    _responses: ClassVar[str] = "a file of responses"
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.model is None) == (self.responses is None):
+            raise ValueError(f"give either a model that answers or {self._responses}")
+        if self.responses is not None and (self.system is not None or self.samples > 1):
+            raise ValueError("system and samples are for a model that answers; leave them out with responses")
+        return self
 
 
 def default_batch_tokens() -> int:
@@ -100,19 +121,23 @@ def check_result_folder(config: EvaluationConfig, result: str) -> None:
     check_out_folder(out, "result folder", (SETTINGS, result))
 
 
-def check_resumable(config: EvaluationConfig, out: Path, ledger: Ledger, items: str = ITEMS) -> None:
-    """Check the settings against those in the result folder, and write them there before the first request.
+@contextmanager
+def resumable_ledger(config: EvaluationConfig, items: str = ITEMS) -> Iterator[Ledger]:
+    """The ledger of a locked result folder, whose settings are checked and written there before the first request.
 
     Settings may change as long as nothing is paid for, as after a run with a wrong key. `items` is the file that a
     finished run leaves. Raises UserError if the settings differ from those of the replies in the folder.
     """
-    file, settings = out / SETTINGS, redacted(config)
-    started = (out / items).is_file() or any(sum(tokens) for tokens in ledger.spent(config.out.account).values())
-    if file.is_file() and started:
-        old, new = content_settings(read_json(file), _MAY_CHANGE), content_settings(settings, _MAY_CHANGE)
-        remedy = ", so that results are never mixed"
-        check_unchanged(str(out), "an evaluation with other settings", changed_keys(old, new), remedy)
-    write_json(file, settings)
+    out = Path(config.out)
+    with lock_output(out), Ledger(config.ledger_path) as ledger:
+        file, settings = out / SETTINGS, redacted(config)
+        started = (out / items).is_file() or any(sum(tokens) for tokens in ledger.spent(config.out.account).values())
+        if file.is_file() and started:
+            old, new = content_settings(read_json(file), _MAY_CHANGE), content_settings(settings, _MAY_CHANGE)
+            remedy = ", so that results are never mixed"
+            check_unchanged(str(out), "an evaluation with other settings", changed_keys(old, new), remedy)
+        write_json(file, settings)
+        yield ledger
 
 
 def redacted(config: EvaluationConfig) -> dict[str, Any]:

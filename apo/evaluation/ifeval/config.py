@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from apo.evaluation.answers import Answer, check_system_prompt
-from apo.evaluation.config import EvaluationConfig, check_result_folder, with_batch_tokens
+from apo.evaluation.config import BenchmarkConfig, check_result_folder, with_batch_tokens
 from apo.evaluation.ifeval.benchmark import IFEvalRow, read_benchmark, read_responses
 from apo.evaluation.ifeval.checkers import instruction_types
 from apo.evaluation.results import SCORE
@@ -24,12 +24,12 @@ class IFEvalModelConfig(ModelConfig):
     max_tokens: int | None = Field(default=1280, ge=1)
 
 
-class IFEvalConfig(EvaluationConfig):
+class IFEvalConfig(BenchmarkConfig):
     """The settings of an evaluation on IFEval."""
 
     prompts: str = Field(min_length=1)
     """The benchmark's input_data.jsonl, or prompts of the same format."""
-    model: IFEvalModelConfig | None = None
+    model: IFEvalModelConfig | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen
     """The model that answers; absent if there are responses."""
     responses: str | None = None
     """A file of existing answers: rows of `prompt` and `response`."""
@@ -40,14 +40,6 @@ class IFEvalConfig(EvaluationConfig):
     limit: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
     """Seed of a local model's sampling."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> IFEvalConfig:
-        if (self.model is None) == (self.responses is None):
-            raise ValueError("give either a model that answers or a file of responses")
-        if self.responses is not None and (self.system is not None or self.samples > 1):
-            raise ValueError("system and samples are for a model that answers; leave them out with responses")
-        return self
 
     @property
     def models(self) -> dict[str, ModelConfig]:

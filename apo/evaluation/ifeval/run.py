@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apo.evaluation.answers import Answer, Answerer, AnswerRequest, model_used, responses_used, usage_of
-from apo.evaluation.config import Outcome, check_resumable, evaluation_clients
+from apo.evaluation.answers import Answer, Answerer, AnswerRequest, usage_of
+from apo.evaluation.config import Outcome, evaluation_clients, resumable_ledger
 from apo.evaluation.ifeval.benchmark import IFEvalRow
 from apo.evaluation.ifeval.checkers import checker_versions
 from apo.evaluation.ifeval.config import IFEvalConfig, IFEvalInputs, load_inputs
@@ -23,7 +23,6 @@ from clair.core.provenance import provenance
 from clair.inference.budget import role_prices
 from clair.inference.client import ModelClient, StopSignal
 from clair.ledger.ledger import Ledger
-from clair.pipeline.build import lock_output
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,9 +62,7 @@ def evaluate(
     before any work, and if the model refuses everything.
     """
     inputs = inputs or load_inputs(config)
-    out = Path(config.out)
-    with lock_output(out), Ledger(config.ledger_path) as ledger:
-        check_resumable(config, out, ledger)
+    with resumable_ledger(config) as ledger:
         return run_async(_evaluate(config, inputs, ledger, on_progress or (lambda *_: None)))
 
 
@@ -75,11 +72,10 @@ async def _evaluate(config: IFEvalConfig, inputs: IFEvalInputs, ledger: Ledger, 
         run = IFEvalRun(config, inputs, clients, stop)
         items = await run.items(on_progress)
     if stop.reason or run.failures:
-        first = run.failures[0] if run.failures else ""
+        first = next(iter(run.failures), "")
         return IFEvalOutcome(out=out, failed=len(run.failures), first_failure=first, stopped=stop.reason)
     score = run.write(items, time.monotonic() - started)
-    refusals = run.answerer.refusals if run.answerer else []
-    refused = next((refusal for refusal in refusals if refusal.startswith("http_")), "")
+    refused = next((refusal for refusal in run.answerer.refusals if refusal.startswith("http_")), "")
     return IFEvalOutcome(out=out, score=score, refused=refused)
 
 
@@ -100,42 +96,32 @@ class IFEvalRun:
     stop: StopSignal
     failures: list[str] = field(default_factory=list)
     """Why items got no reply that another run may get."""
-    answerer: Answerer | None = field(init=False, default=None)
+    answerer: Answerer = field(init=False)
 
     def __post_init__(self) -> None:
-        if "model" in self.clients:
-            self.answerer = Answerer(self.clients["model"], self.config.system, self.stop)
+        self.answerer = Answerer(self.clients.get("model"), self.config.system, self.stop)
 
     async def items(self, on_progress: Progress) -> list[IFEvalItem]:
         """The finished items; incomplete if the run stops or requests fail. Longest prompts first for a local model."""
-        work = work_items(self.config, self.inputs)
-        if self.answerer and self.answerer.fill_batches(len(work)):
-            work.sort(key=lambda item: -len(item.row.text))
+        work = self.answerer.fill_batches(work_items(self.config, self.inputs), lambda item: item.row)
         items = await collect_results(
             self._item, work, self.clients, self.stop, failures=self.failures, on_progress=on_progress
         )
-        if self.answerer and items and not self.stop.reason and all(item.unresolved for item in items):
+        if self.answerer.client and items and not self.stop.reason and all(item.unresolved for item in items):
             raise UserError(f"the model answered nothing: {self.answerer.refusals[0]}")
         return items
 
     async def _item(self, work: Answer[IFEvalRow] | AnswerRequest[IFEvalRow]) -> IFEvalItem:
-        if isinstance(work, Answer):
-            return make_item(work)
-        assert self.answerer is not None, "a request needs a model"
         return make_item(await self.answerer.answer(work))
 
     def write(self, items: Sequence[IFEvalItem], seconds: float) -> IFEvalScore:
         """Score the finished items and write the result folder."""
         config, usage = self.config, dict[Role, Usage]()
-        if self.answerer:
-            client, price = self.answerer.client, role_prices(config.models).get("model")
-            model, usage["model"] = model_used(client), usage_of(client, self.answerer.tokens.values(), price)
-        else:
-            assert config.responses is not None
-            assert self.inputs.ready_answers is not None
-            model = responses_used(config.responses, self.inputs.ready_answers)
+        if self.answerer.client:
+            price = role_prices(config.models).get("model")
+            usage["model"] = usage_of(self.answerer.client, self.answerer.tokens.values(), price)
         score = IFEvalScore(
-            model=model,
+            model=self.answerer.source(config.responses, self.inputs.ready_answers),
             system=config.system,
             samples=config.samples,
             limit=config.limit,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from apo.evaluation.answers import Answer, check_system_prompt
-from apo.evaluation.config import EvaluationConfig, check_result_folder, with_batch_tokens
+from apo.evaluation.config import BenchmarkConfig, check_result_folder, with_batch_tokens
 from apo.evaluation.mixeval.answers import read_responses
 from apo.evaluation.mixeval.benchmark import VERSIONS, Benchmark, HardOrFull, JudgePrompts, load, load_judge_prompts
 from apo.evaluation.mixeval.judging import request_options
@@ -18,7 +18,7 @@ from clair.inference.config import ModelConfig
 from clair.inference.open import check_models
 
 
-class MixEvalConfig(EvaluationConfig):
+class MixEvalConfig(BenchmarkConfig):
     """The settings of an evaluation on MixEval."""
 
     data: str
@@ -37,13 +37,10 @@ class MixEvalConfig(EvaluationConfig):
     """Seed of upstream's random fallback scores, a strict judge, and a local model's sampling."""
     independent_judgements: bool = False
     upstream_files: bool = False
+    _responses: ClassVar[str] = "a folder of responses"
 
     @model_validator(mode="after")
     def _fits(self) -> MixEvalConfig:
-        if (self.model is None) == (self.responses is None):
-            raise ValueError("give either a model that answers or a folder of responses")
-        if self.responses is not None and (self.system is not None or self.samples > 1):
-            raise ValueError("system and samples are for a model that answers; leave them out with responses")
         if self.judge == "rule" and self.independent_judgements:
             raise ValueError("independent judgements are for a judge that is a model, not the rule parser")
         if self.upstream_files and self.samples > 1:

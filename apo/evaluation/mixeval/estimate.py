@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from apo.evaluation.answers import Answer, AnswerRequest, messages_for
-from apo.evaluation.config import check_resumable
+from apo.evaluation.config import resumable_ledger
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
 from apo.evaluation.mixeval.run import MixEvalRun, work_items
 from apo.evaluation.rows import Progress
@@ -18,7 +17,6 @@ from clair.inference.budget import max_billed_tokens, role_prices
 from clair.inference.client import StopSignal
 from clair.inference.open import running_clients
 from clair.ledger.ledger import Ledger, Tokens
-from clair.pipeline.build import lock_output
 from clair.pipeline.estimate import RoleEstimate, estimate_role, sample_by_size
 
 MIN_PROBE = 3
@@ -52,9 +50,7 @@ def estimate(
     if not probe:
         units = _units(config, inputs, work_items(config, inputs))
         return {role: RoleEstimate(len(units), None, None, None) for role in config.models}
-    out = Path(config.out)
-    with lock_output(out), Ledger(config.ledger_path) as ledger:
-        check_resumable(config, out, ledger)
+    with resumable_ledger(config) as ledger:
         return run_async(_probed(config, inputs, ledger, probe, on_progress))
 
 

@@ -8,22 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apo.evaluation.answers import (
-    Answer,
-    Answerer,
-    AnswerRequest,
-    model_used,
-    responses_used,
-    usage_of,
-    without_headers,
-)
-from apo.evaluation.config import Outcome, check_resumable, evaluation_clients
+from apo.evaluation.answers import Answer, Answerer, AnswerRequest, usage_of, without_headers
+from apo.evaluation.config import Outcome, evaluation_clients, resumable_ledger
 from apo.evaluation.mixeval.answers import answer_requests
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
 from apo.evaluation.mixeval.judging import Judge, JudgeResult, Verdict, judge_by_rule, make_item, with_fallbacks
 from apo.evaluation.mixeval.score import aggregate
 from apo.evaluation.mixeval.upstream import write_upstream_files
-from apo.evaluation.results import Item, JudgeUsed, ModelUsed, Role, Score, Usage, read_results, write_results
+from apo.evaluation.results import Item, JudgeUsed, Role, Score, Usage, read_results, write_results
 from apo.evaluation.rows import Progress, collect_results
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
@@ -32,7 +24,6 @@ from clair.inference.budget import role_prices
 from clair.inference.client import ModelClient, StopSignal
 from clair.inference.open import Resources
 from clair.ledger.ledger import Ledger
-from clair.pipeline.build import lock_output
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,29 +69,24 @@ def evaluate(
     judge refuses everything.
     """
     inputs = inputs or load_inputs(config)
-    out = Path(config.out)
-    with lock_output(out), Ledger(config.ledger_path) as ledger:
-        check_resumable(config, out, ledger)
+    with resumable_ledger(config) as ledger:
         return run_async(_evaluate(config, inputs, ledger, on_progress or (lambda *_: None), resources))
 
 
 async def _evaluate(
     config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, on_progress: Progress, resources: Resources | None
 ) -> MixEvalOutcome:
-    started = time.monotonic()
-    stop = StopSignal()
+    started, stop, out = time.monotonic(), StopSignal(), Path(config.out)
     async with evaluation_clients(config, ledger, stop, resources) as clients:
         run = MixEvalRun(config, inputs, clients, stop)
         items = await run.items(run.work(), on_progress)
     if stop.reason or run.failures:
-        first = run.failures[0] if run.failures else ""
-        return MixEvalOutcome(out=Path(config.out), failed=len(run.failures), first_failure=first, stopped=stop.reason)
+        first = next(iter(run.failures), "")
+        return MixEvalOutcome(out=out, failed=len(run.failures), first_failure=first, stopped=stop.reason)
     score = run.write(items, time.monotonic() - started)
-    refused = [*(run.answerer.refusals if run.answerer else ()), *(run.judge.refusals if run.judge else ())]
+    refused = [*run.answerer.refusals, *(run.judge.refusals if run.judge else ())]
     requests = len(run.judge.distinct) if run.judge else 0
-    return MixEvalOutcome(
-        out=Path(config.out), score=score, requests=requests, refused=refused[0] if score.unanswered else ""
-    )
+    return MixEvalOutcome(out=out, score=score, requests=requests, refused=refused[0] if score.unanswered else "")
 
 
 def work_items(config: MixEvalConfig, inputs: MixEvalInputs) -> list[tuple[int, Answer | AnswerRequest]]:
@@ -133,11 +119,10 @@ class MixEvalRun:
     failures: list[str] = field(default_factory=list)
     """Why items got no reply that another run may get."""
     judge: Judge | None = field(init=False, default=None)
-    answerer: Answerer | None = field(init=False, default=None)
+    answerer: Answerer = field(init=False)
 
     def __post_init__(self) -> None:
-        if "model" in self.clients:
-            self.answerer = Answerer(self.clients["model"], self.config.system, self.stop)
+        self.answerer = Answerer(self.clients.get("model"), self.config.system, self.stop)
         if self.inputs.judge_prompts is not None:
             whose = self.clients["model"].model.identity if "model" in self.clients else self.config.out
             independent = whose if self.config.independent_judgements else None
@@ -145,10 +130,7 @@ class MixEvalRun:
 
     def work(self) -> list[tuple[int, Answer | AnswerRequest]]:
         """All items of work; longest questions first for a local model."""
-        work = work_items(self.config, self.inputs)
-        if self.answerer and self.answerer.fill_batches(len(work)):
-            work.sort(key=lambda placed: -len(placed[1].row.text))
-        return work
+        return self.answerer.fill_batches(work_items(self.config, self.inputs), lambda indexed: indexed[1].row)
 
     async def items(self, work: Sequence[tuple[int, Answer | AnswerRequest]], on_progress: Progress) -> list[Item]:
         """The finished items in the order of their indexes; incomplete if the run stops or requests fail."""
@@ -160,16 +142,11 @@ class MixEvalRun:
             run_item, work, self.clients, self.stop, failures=self.failures, on_progress=on_progress
         )
         if items and not self.stop.reason and all(_no_answer(item) for _, item in items):
-            assert self.answerer is not None, "existing answers are never refused"
             raise UserError(f"the model answered nothing: {self.answerer.refusals[0]}")
-        return [item for _, item in sorted(items, key=lambda placed: placed[0])]
+        return [item for _, item in sorted(items, key=lambda indexed: indexed[0])]
 
     async def _item(self, work: Answer | AnswerRequest) -> Item:
-        if isinstance(work, Answer):
-            response = work
-        else:
-            assert self.answerer is not None, "a request needs a model"
-            response = await self.answerer.answer(work)
+        response = await self.answerer.answer(work)
         if response.unresolved is not None:
             return make_item(response, JudgeResult(Verdict(None, unresolved=response.unresolved)))
         return make_item(
@@ -189,7 +166,7 @@ class MixEvalRun:
             split=benchmark.split,
             profile=config.profile,
             judge=self._judge_used(),
-            model=self._model_used(),
+            model=self.answerer.source(config.responses, self.inputs.ready_answers),
             system=config.system,
             samples=config.samples,
             limit=config.limit,
@@ -220,21 +197,16 @@ class MixEvalRun:
             prompts_sha256=self.judge.judge_prompts.sha256,
         )
 
-    def _model_used(self) -> ModelUsed:
-        if self.inputs.ready_answers is not None:
-            assert self.config.responses is not None
-            return responses_used(self.config.responses, self.inputs.ready_answers)
-        return model_used(self.clients["model"])
-
     def _usage(self) -> dict[Role, Usage]:
         """Tokens and cost of the replies that the score is based on, each counted once."""
         prices = role_prices(self.config.models)
-        tokens: dict[Role, Collection[tuple[int, int]]] = {}
-        if self.answerer:
-            tokens["model"] = self.answerer.tokens.values()
-        if self.judge:
-            tokens["judge"] = self.judge.distinct.values()
-        return {role: usage_of(self.clients[role], counts, prices.get(role)) for role, counts in tokens.items()}
+        tokens: dict[Role, Collection[tuple[int, int]]] = {"model": self.answerer.tokens.values()}
+        tokens["judge"] = self.judge.distinct.values() if self.judge else ()
+        return {
+            role: usage_of(self.clients[role], counts, prices.get(role))
+            for role, counts in tokens.items()
+            if role in self.clients
+        }
 
 
 def _no_answer(item: Item) -> bool:

@@ -18,14 +18,15 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from apo.evaluation.answers import model_used, usage_of
 from apo.evaluation.config import (
     EvaluationConfig,
     Outcome,
     check_result_folder,
-    check_resumable,
     evaluation_clients,
     is_transient,
     redacted,
+    resumable_ledger,
     with_batch_tokens,
 )
 from apo.evaluation.rows import Progress, collect_results
@@ -43,8 +44,7 @@ from clair.inference.local import LocalModel
 from clair.inference.model import visible_answer
 from clair.inference.open import check_models
 from clair.inference.rate_limit import Limiter
-from clair.ledger.ledger import Ledger, Tokens
-from clair.pipeline.build import lock_output
+from clair.ledger.ledger import Ledger
 from clair.pipeline.steps import Judge, judge_once, position_bias
 from clair.prompting.templates import JUDGE_NEEDS, load_template
 
@@ -247,9 +247,7 @@ def measure_win_rate(
     Raises UserError for the user's mistakes before any work, and for a model that refuses every request.
     """
     inputs = inputs or load_inputs(config)
-    out = Path(config.out)
-    with lock_output(out), Ledger(config.ledger_path) as ledger:
-        check_resumable(config, out, ledger, ITEMS)
+    with resumable_ledger(config, ITEMS) as ledger:
         return run_async(_run(config, inputs, ledger, on_progress))
 
 
@@ -259,7 +257,7 @@ async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_
         run = WinrateRun(config, inputs, clients, stop)
         compared = await run.outcomes(on_progress)
     if stop.reason or run.failures:
-        first = run.failures[0] if run.failures else ""
+        first = next(iter(run.failures), "")
         return WinrateOutcome(out=out, failed=len(run.failures), first_failure=first, stopped=stop.reason)
     if not any(comparison.value is not None for comparison in compared):
         counts = ", ".join(f"{count} {reason}" for reason, count in unresolved_counts(compared).items())
@@ -290,18 +288,13 @@ def _model(config: WinrateConfig, role: str, clients: Mapping[str, ModelClient])
     if role not in clients:
         file = Path(getattr(config, role))
         return {"name": file.name, "identity": f"answers:{hashlib.sha256(file.read_bytes()).hexdigest()}"}
-    client = clients[role]
-    options = {key: value for key, value in client.options.items() if key != "headers"}
-    return {"name": client.model.name, "identity": client.model.identity, "options": options}
+    return model_used(clients[role]).model_dump()
 
 
 def _usage(config: WinrateConfig, clients: Mapping[str, ModelClient]) -> dict[str, Any]:
     """Tokens of all replies that the result is based on, and their cost if prices are known."""
     prices, usage = role_prices(config.models), {}
     for role, client in clients.items():
-        tally = client.tally
-        counts = {"calls": tally.calls, "reused": tally.reused}
-        tokens = Tokens(tally.prompt_tokens, tally.completion_tokens)
-        cost = f"{prices[role].cost(tokens).normalize():f}" if role in prices else None
-        usage[role] = {"prompt": tokens.prompt, "completion": tokens.completion, **counts, "cost": cost}
+        tokens = [(client.tally.prompt_tokens, client.tally.completion_tokens)]
+        usage[role] = usage_of(client, tokens, prices.get(role)).model_dump()
     return usage
