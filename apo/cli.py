@@ -213,8 +213,8 @@ def _closing(out: str, run: dict[str, Any]) -> str:
     from apo.run_dir.files import describe_size
 
     size, seconds = describe_size(run["data"]["train"]), f"{run['seconds']:.0f} s"
-    lines = [f"{size}, {run['steps']:,} steps, {seconds}: {format_log(run['metrics'])}"]
-    return "\n".join([*lines, f"model and card in {out}/, the picture in {out}/dynamics.png"])
+    summary = f"{size}, {run['steps']:,} steps, {seconds}: {format_log(run['metrics'])}"
+    return f"{summary}\nmodel and card in {out}/, the picture in {out}/dynamics.png"
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ def end_early(stopped: str | None, failed: str | None) -> None:
 
 def quieten() -> None:
     """Silence the progress bars and the advice of transformers and datasets: the command shows its own."""
-    import logging as plain
     import os
     import warnings
 
@@ -30,8 +29,6 @@ def quieten() -> None:
         import datasets
         from transformers.utils import logging
 
-    # bitsandbytes 0.50 logs that it has no faster kernel when peft imports it.
-    plain.getLogger("bitsandbytes.backends.cpu.ops").setLevel(plain.ERROR)
     # peft 0.21 and TRL 1.16 still use the old name; users cannot change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.disable_progress_bar()

@@ -123,6 +123,9 @@ async def _compare_by_judge(
     misplaced = {key: planted[keys[(index + 2) % len(keys)]] for index, key in enumerate(keys)}
     own_answers = {key: answer.text for key, answer in replies.own_answers.items()}
 
+    values = {"prompts": {"path": config.dataset}, "base": "other", "tuned": "winner"}
+    winrate_config = winrate.WinrateConfig.model_validate({**values, "judge": config.judge, "out": config.out})
+
     async def compare(
         tuned: Mapping[str, str], base: Mapping[str, str], description: str, max_rows: int | None = None
     ) -> list[Comparison]:
@@ -132,7 +135,7 @@ async def _compare_by_judge(
             side: {key: [text] for key, text in answers.items()} for side, answers in (("base", base), ("tuned", tuned))
         }
         run = winrate.WinrateRun(
-            _winrate_config(config),
+            winrate_config,
             winrate.WinrateInputs(rows, {}, ready_answers, inputs.template),
             {"judge": judge},
             stop,
@@ -155,12 +158,6 @@ async def _compare_by_judge(
     replies.win = await compare(winners, own_answers, "winners with the model's own answers")
     replies.right = await compare(winners, losers, "winners with their losers")
     must_end()
-
-
-def _winrate_config(config: AdviseConfig) -> winrate.WinrateConfig:
-    assert config.judge is not None
-    values = {"prompts": {"path": config.dataset}, "base": "other", "tuned": "winner"}
-    return winrate.WinrateConfig.model_validate({**values, "judge": config.judge, "out": config.out})
 
 
 def distrust_reason(

@@ -121,25 +121,24 @@ def winner_standing(evidence: Evidence) -> tuple[Literal["better", "worse", "eve
         _like_own_answers(evidence.winners_own, evidence.winner_gap),
         _like_own_answers(evidence.losers_own, evidence.loser_gap),
     )
-    if not has_authors(evidence):
-        return _standing_by_likelihood(winners, losers)
-    if losers and not winners:
-        return "better", "fair", "the losers are the model's own answers, and the winners are preferred to them"
-    if winners and not losers:
-        return "worse", "fair", "the winners are the model's own answers, and the losers are not"
     subject = "both sides are" if winners else "neither side is"
-    return "even", "low", f"{subject} the model's own answers, so only a judge could say which is better"
-
-
-def _standing_by_likelihood(winners: bool, losers: bool) -> tuple[Literal["better", "worse", "even"], Certainty, str]:
-    """Compare by likelihoods, which are only a hint, if the authors are unknown."""
-    unknown = "their authors are unknown, and only a judge could say which is better"
-    if losers and not winners:
-        return "better", "low", f"losers are as likely to the model as its own answers, and winners are not; {unknown}"
-    if winners and not losers:
-        return "worse", "low", f"winners are as likely to the model as its own answers, and losers are not; {unknown}"
-    subject = "both sides are as" if winners else "neither side is as"
-    return "even", "low", f"{subject} likely to the model as its own answers; {unknown}"
+    if has_authors(evidence):
+        reasons = {
+            "better": "the losers are the model's own answers, and the winners are preferred to them",
+            "worse": "the winners are the model's own answers, and the losers are not",
+            "even": f"{subject} the model's own answers, so only a judge could say which is better",
+        }
+    else:
+        reasons = {
+            "better": "losers are as likely to the model as its own answers, and winners are not",
+            "worse": "winners are as likely to the model as its own answers, and losers are not",
+            "even": f"{subject} as likely to the model as its own answers",
+        }
+        unknown = "their authors are unknown, and only a judge could say which is better"
+        reasons = {standing: f"{reason}; {unknown}" for standing, reason in reasons.items()}
+    standing = "even" if winners == losers else "worse" if winners else "better"
+    # Without authors the likelihoods are only a hint.
+    return standing, "fair" if has_authors(evidence) and standing != "even" else "low", reasons[standing]
 
 
 def has_authors(evidence: Evidence) -> bool:

@@ -30,11 +30,13 @@ def evidence_table(result: Mapping[str, Any], dataset: str) -> Table:
     table = Table("", "value", "95 % interval", title=title)
     for name, label in (("win", "winner against own answer, wins %"), ("right", "winner against loser, wins %")):
         interval = result["evidence"][name]
-        table.add_row(label, *(_numbers(interval, 100) if interval else ("", _absence_reason(result))))
+        absence = "the judge is not used" if result["judge"] else "no judge"
+        table.add_row(label, *(_numbers(interval, 100) if interval else ("", absence)))
     controlled = ((result["judge"] or {}).get("win") or {}).get("length_controlled") or {}
     if result["evidence"]["win"] and controlled.get("rate") is not None:
         lo, hi = controlled["ci95"]
-        table.add_row("  against own answer at equal lengths, %", *_numbers(_interval(controlled["rate"], lo, hi), 100))
+        interval = {"value": controlled["rate"], "lo": lo, "hi": hi}
+        table.add_row("  against own answer at equal lengths, %", *_numbers(interval, 100))
     table.add_section()
     for name, label in _LIKELIHOOD.items():
         table.add_row(label, *_numbers(result["likelihood"][name]))
@@ -59,14 +61,6 @@ def advice_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"objective: {advice['objective']}, {rate} (certainty: {advice['sure']})"
     yield f"because: {advice['because']}"
     yield from (f"! {note}" for note in (*advice["beware"], *result["notes"]))
-
-
-def _absence_reason(result: Mapping[str, Any]) -> str:
-    return "the judge is not used" if result["judge"] else "no judge"
-
-
-def _interval(value: float, lo: float, hi: float) -> dict[str, float]:
-    return {"value": value, "lo": lo, "hi": hi}
 
 
 def _numbers(interval: Mapping[str, float], scale: float = 1) -> tuple[str, str]:

@@ -165,7 +165,8 @@ def peak_memory(job: Job) -> dict[str, float]:
         weights, optimizer, early, gradients = zero.weights, zero.optimizer, zero.begin, zero.end
     activations = max(activation_bytes(job, row) for row in job.rows)
     head = max(_head_bytes(job, row) for row in job.rows)
-    working = max(_working_bytes(job, row) for row in job.rows)
+    # The gradients within one gated MLP: 3 i + 2 h numbers per token.
+    working = max(row.tokens for row in job.rows) * (3 * sizes.inner + 2 * sizes.hidden) * job.compute
     start, end = activations + max(head, working), working + activations / sizes.layers
     peak_at_end = early + start < gradients + end
     moment = {"gradients": gradients if peak_at_end else early, "activations": end if peak_at_end else start}
@@ -245,11 +246,6 @@ def _head_bytes(job: Job, row: PassCost) -> float:
     product = job.compute if row.labels > HEAD_CHUNK else rounded
     trained = 0 if job.is_adapter else (4 + product) * sizes.hidden
     return sizes.vocabulary * (logits + trained) + 2 * row.labels * sizes.hidden * job.compute
-
-
-def _working_bytes(job: Job, row: PassCost) -> float:
-    """Return the bytes of the gradients within one gated MLP: 3 i + 2 h numbers per token."""
-    return row.tokens * (3 * job.sizes.inner + 2 * job.sizes.hidden) * job.compute
 
 
 # ---- the run

@@ -9,7 +9,7 @@ import operator
 import os
 import random
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,15 +224,8 @@ def pass_costs(
         costs = [pair_cost(*pair) for pair in batch_pairs]
         everything = [list(range(len(costs)))]
         bins = everything if max_tokens is None else pack_bins([cost.tokens for cost in costs], max_tokens)
-        rows += [_sum(costs[index] for index in bin) for bin in bins]
+        rows += [sum((costs[index] for index in bin), PassCost(0, 0, 0)) for bin in bins]
     return rows
-
-
-def _sum(rows: Iterable[PassCost]) -> PassCost:
-    total = PassCost(0, 0, 0)
-    for row in rows:
-        total = total + row
-    return total
 
 
 # ---- the machine

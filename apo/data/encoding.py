@@ -42,10 +42,8 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """The length of the longest common prefix of two sequences."""
     if a == b[: len(a)]:
         return len(a)
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
+    differing = (index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differing, min(len(a), len(b)))
 
 
 def no_end_message(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -44,11 +44,6 @@ def tool_texts(value: Any) -> list[str]:
     return texts + [text for item in value.values() for text in tool_texts(item)]
 
 
-def _functions(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    calls = message.get("tool_calls") or []
-    return [call.get("function", call) for call in calls if isinstance(call, Mapping)]
-
-
 def with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """The message with the arguments of its tool calls as JSON text."""
 
@@ -67,7 +62,8 @@ def with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
 def call_texts(message: Mapping[str, Any]) -> list[str]:
     """Names and arguments of a message's tool calls, as the texts that a template must write."""
     texts = []
-    for function in _functions(message):
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
         arguments = function.get("arguments")
         with suppress(ValueError):  # text that is no JSON is checked as it is
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments

@@ -137,13 +137,8 @@ class _Conversation:
         self.begun = self.prompt[-1]["role"] == "assistant" and not self.prompt[-1].get("tool_calls")
         if self.begun:
             self.notes.add("begun")
-        texts = [
-            *each_text(self.tools),
-            *each_text(self.prompt),
-            *(text for answer in self.answers for text in each_text(answer)),
-        ]
         self.marks: re.Pattern[str] | None = None
-        if any(mark in text for text in texts for mark in control):
+        if any(mark in text for text in each_text([self.tools, self.prompt, self.answers]) for mark in control):
             self.marks = any_of(control)
             self.notes.add("marks")
         if any(message.get("tool_calls") for messages in (self.prompt, *self.answers) for message in messages):

@@ -90,10 +90,15 @@ def tokenize(
     _check_labels(dataset, name)
     read = read_dataset(dataset, f"{name} dataset", keep_text=True, num_proc=num_proc)
     dataset, notes = read.dataset, [f"{name}: {note}" for note in read.notes]
-    arguments = {"tokenizer": tokenizer, "eos": sorted(eos), "max_length": max_length}
-    arguments["control"] = control_tokens(tokenizer, eos)
-    # Part of the key in `datasets`' cache, and so only set if the ids depend on it.
-    arguments["day"] = day if writes_time(tokenizer) else None
+    arguments = {
+        "tokenizer": tokenizer,
+        "eos": sorted(eos),
+        "max_length": max_length,
+        "control": control_tokens(tokenizer, eos),
+        # Part of the key in `datasets`' cache, and so only set if the ids depend on it.
+        "day": day if writes_time(tokenizer) else None,
+        "is_read": True,
+    }
     # Explicit, because the other responses of unpaired rows are empty, and an empty list has no type.
     features = Features(
         {
@@ -104,9 +109,7 @@ def tokenize(
             "_notes": List(Value("string")),
         }
     )
-    encoded = dataset.map(
-        _encode_read, fn_kwargs=arguments, num_proc=num_proc, features=features, desc=f"Tokenizing {name}"
-    )
+    encoded = dataset.map(encode, fn_kwargs=arguments, num_proc=num_proc, features=features, desc=f"Tokenizing {name}")
     verdicts, noted = encoded["_verdict"][:], encoded["_notes"][:]
     _check_verdicts(encoded, verdicts, name)
     indices = [index for index, verdict in enumerate(verdicts) if not verdict]
@@ -117,7 +120,7 @@ def tokenize(
         message = "; ".join(notes + _notes(reasons, name) + equal)
         raise UserError(f"{name} dataset: no pair is left to train on: {message}")
     notes += _notes(noted, name) + equal
-    unmasked = () if any(_has_content(encoded, column) for column in MASK_COLUMNS) else MASK_COLUMNS
+    unmasked = () if any(any(column_lengths(encoded, column)) for column in MASK_COLUMNS) else MASK_COLUMNS
     encoded = encoded.remove_columns(["_verdict", "_notes", *unmasked])
     encoded = encoded.select(indices) if dropped else encoded
     if objective is not None and name == "train":
@@ -277,12 +280,6 @@ def _balance(counts: tuple[int, int] | None, objective: Mixture) -> list[str]:
     ]
 
 
-def _has_content(dataset: Dataset, column: str) -> bool:
-    """True if any row has a non-empty list in a column."""
-    batches: Any = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
-    return any(len(batch[column].combine_chunks().flatten()) for batch in batches)
-
-
 def _check_verdicts(encoded: Dataset, verdicts: list[str], name: str) -> None:
     """Raises UserError for the first invalid row, with the number of all."""
     invalid = [row for row, verdict in enumerate(verdicts) if verdict and verdict not in DROPPED]
@@ -325,41 +322,20 @@ def encode(
     max_length: int | None,
     control: list[str] | None = None,
     day: str | None = None,
+    *,
+    is_read: bool = False,
 ) -> dict[str, Any]:
     """The ids and masks of one row, its `_verdict` and its `_notes` (keys of rendering.NOTES).
 
-    A verdict is one of `DROPPED`, an error message, or empty. `day` is as in `render`.
+    A verdict is one of `DROPPED`, an error message, or empty. `day` is as in `render`. `is_read` is true for a row of
+    `read_dataset`.
     """
     control = control_tokens(tokenizer, frozenset(eos)) if control is None else control
     try:
-        row, _ = read_row(example, keep_text=True)
-    except UserError as fault:
-        return _invalid(fault)
-    return _encode(row, tokenizer, eos, max_length, control, day)
-
-
-def _encode_read(example: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-    """`encode` for a row of `read_dataset`."""
-    return _encode(restore_row(example), **arguments)
-
-
-def _invalid(fault: UserError) -> dict[str, Any]:
-    return {**{key: [] for key in (*ID_COLUMNS, *MASK_COLUMNS, "_notes")}, "_verdict": str(fault)}
-
-
-def _encode(
-    row: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    eos: list[int],
-    max_length: int | None,
-    control: list[str],
-    day: str | None,
-) -> dict[str, Any]:
-    """`encode` for a row that `read_row` has read."""
-    try:
+        row = restore_row(example) if is_read else read_row(example, keep_text=True)[0]
         rendered = render(row, tokenizer, set(eos), control, day)
     except UserError as fault:
-        return _invalid(fault)
+        return {**{key: [] for key in (*ID_COLUMNS, *MASK_COLUMNS, "_notes")}, "_verdict": str(fault)}
     responses, masks = rendered.answers, rendered.masks or [[] for _ in rendered.answers]
     sides = list(zip(responses, masks, strict=True))
     if len(sides) == 1:

@@ -65,9 +65,9 @@ def check_launch(environ: Mapping[str, str] | None = None) -> int:
     return count
 
 
-def is_main(environ: Mapping[str, str] | None = None) -> bool:
+def is_main() -> bool:
     """True if this process is rank 0, by the environment variables of its launcher."""
-    return (os.environ if environ is None else environ).get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_deepspeed(requested: bool) -> None:

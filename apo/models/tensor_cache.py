@@ -7,13 +7,11 @@ and the last rename wins. A file that cannot be read counts as missing.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from clair.core.files import publish
+from clair.core.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,19 +37,11 @@ def load(folder: Path, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[
 
 def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
     """Store tensors under a key. Returns a message if that fails (read-only or full disk), else None."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    target = file_path(folder, key)
-    temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
-        os.close(handle)
-        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary)
-        publish(temporary, target)
+        write_atomically(file_path(folder, key), save({name: tensor.cpu().clone() for name, tensor in tensors.items()}))
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         return f"{folder} cannot be written ({error.strerror or error}); continuing without the cache"
     return None
 

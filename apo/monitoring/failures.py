@@ -114,8 +114,8 @@ def _loss_message(trainer: RunningTrainer, step: int, lost: Sequence[bool], exam
         others = [name for name in names if name not in lost_names]
         which = (
             f"{len(lost_names)} of {len(names)} pairs of its batch ({list_some(lost_names, MAX_NAMES)}; the others: "
+            f"{list_some(others, MAX_NAMES)})"
         )
-        which += f"{list_some(others, MAX_NAMES)})"
         change = "look at these pairs and take them out, or lower trainer.learning_rate"
     if trainer.args.fp16:
         change += ", or train in bfloat16 (trainer.bf16), whose numbers do not overflow"

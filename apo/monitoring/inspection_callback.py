@@ -74,9 +74,8 @@ class InspectionCallback(TrainerCallback):
                 with self._trainer.meter.pause():
                     metrics = self.diagnostics.measure()
             self._write_samples(state)
-        due = last or control.should_save or control.should_evaluate
-        if self.guard_set is not None and not due:
-            due = step % self.guard_set.interval(state.max_steps) == 0
+        periodic = self.guard_set is not None and step % self.guard_set.interval(state.max_steps) == 0
+        due = last or control.should_save or control.should_evaluate or periodic
         self._inspect(args, state, control, metrics, measure=due)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

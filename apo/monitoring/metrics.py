@@ -184,7 +184,6 @@ def adjusted_logps(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[i
     """
     steps, logps = series(rows, f"logps/{name}")
     ratios = series(rows, f"logratios/{name}")[1]
-    references = [logp - ratio for logp, ratio in zip(logps, ratios, strict=True)]
-    references = [reference for reference in references if not math.isnan(reference)]
+    references = [logp - ratio for logp, ratio in zip(logps, ratios, strict=True) if not math.isnan(logp - ratio)]
     reference = sum(references) / max(len(references), 1)
     return steps, [reference + ratio for ratio in ratios]

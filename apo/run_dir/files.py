@@ -165,8 +165,9 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
     name = out.resolve().name
     objective = recipe["objective"]
     names = [objective] if isinstance(objective, str) else list(objective)
+    package, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     head = {
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": package,
         "base_model": recipe["model"],
         "pipeline_tag": "text-generation",
         "tags": ["apo", "preference-optimization", *names],
@@ -174,12 +175,6 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
     rows = [f"| {key} | {value:.4g} |" for key, value in metrics.items() if isinstance(value, int | float)]
     dropped = run["data"]["train"]["dropped"]
     left_out = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items()) or "none"
-    load = (
-        f'AutoPeftModelForCausalLM.from_pretrained("{name}")'
-        if adapter
-        else f'AutoModelForCausalLM.from_pretrained("{name}")'
-    )
-    package = "peft" if adapter else "transformers"
     text = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name}\n",
@@ -187,7 +182,7 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
         f"{describe_size(run['data']['train'])} for {run['steps']:,} steps. Left out: {left_out}.\n",
         f"![Chosen and rejected over training]({PICTURE})\n",
         "At the last step:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",
-        f"```python\nfrom {package} import {load.split('.')[0]}\nmodel = {load}\n```\n",
+        f'```python\nfrom {package} import {loader}\nmodel = {loader}.from_pretrained("{name}")\n```\n',
         "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) + "```\n",
         "Versions, counts and all metrics: `run.json` and `metrics.jsonl`. Made with clair-apo and TRL.\n",
     ]
