@@ -98,7 +98,7 @@ def load_eval(
     split = "test" if split_or_path is True else split_or_path
     with_split = [source for source in sources if split in split_names(source.path, source.name)]
     if not with_split and split_or_path is not True:
-        if not _is_path(split):
+        if not (Location(split).is_url or _looks_local(split) or Path(split).exists()):
             names = ", ".join(split_names(sources[0].path, sources[0].name))
             raise UserError(
                 f"eval: no dataset has a split {split!r}; found: {names}; no file is called so either; eval: false "
@@ -118,10 +118,6 @@ def _prefixed(
 ) -> Callable[[str], None] | None:
     """`note`, with the path of the source before each line if there are several sources."""
     return note if note is None or len(sources) == 1 else lambda line: note(f"{source.path}: {line}")
-
-
-def _is_path(text: str) -> bool:
-    return Location(text).is_url or _looks_local(text) or Path(text).exists()
 
 
 def _eval_source(path: str, sources: Sequence[Source]) -> Source:
