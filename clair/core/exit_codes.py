@@ -44,4 +44,4 @@ def system_error_message(error: OSError) -> str | None:
     """One line on an error of `SYSTEM_ERRNOS` and what to do; None for any other error."""
     if error.errno not in SYSTEM_ERRNOS:
         return None
-    return f"{one_line(error)}; make room or permissions, then run the same command again"
+    return f"{one_line(error)}; make room or give permission, then run the same command again"

@@ -364,7 +364,8 @@ def _resolve_futures(results: list[tuple[_Write, Any]]) -> None:
 def _error_message(path: Path, error: Exception) -> str:
     message = str(error)
     if any(reason in message for reason in _CANNOT_WRITE):
-        return f"ledger {path} cannot be written ({message}): make room or permissions, then run the same command again"
+        remedy = "make room or give permission, then run the same command again"
+        return f"ledger {path} cannot be written ({message}): {remedy}"
     if isinstance(error, sqlite3.Error) and message.startswith("Could not decode"):  # the rest is the text itself
         return _damage_message(path, "a text in it is not UTF-8")
     if isinstance(error, sqlite3.DatabaseError) and ("malformed" in message or "not a database" in message):

@@ -196,7 +196,7 @@ def test_a_full_disk_ends_the_run_in_a_line_and_it_resumes(size, written, uninte
     """Below the size of the weights their writer fails, below that of the optimizer's states torch does."""
     if uninterrupted[1] and written == "torch":
         pytest.skip("an adapter's states are smaller")
-    end = "make room or permissions, then run the same command again; the last good checkpoint is .*/checkpoint-8$"
+    end = "make room or give permission, then run the same command again; the last good checkpoint is .*/checkpoint-8$"
     with no_file_above(size), pytest.raises(Stopped, match=f"step 12: the checkpoint cannot be written to .*; {end}"):
         train(stopped_run, log=lambda _: None)
     assert not (Path(stopped_run.out) / checkpoints.UNFINISHED).exists()
