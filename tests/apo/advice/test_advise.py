@@ -308,7 +308,7 @@ def test_a_judge_that_leans_or_guesses_is_not_used_and_not_asked_further(tmp_pat
 def test_a_model_that_does_not_end_its_answers_is_refused_with_both_reasons(tmp_path):
     dataset = write_rows(tmp_path / "pairs.jsonl", 32)
     model = {"path": str(MODEL), "temperature": 1.0, "max_tokens": 2, "batch_size": 64}
-    with pytest.raises(UserError, match=r"ends 0 of 32 answers within 2 tokens: .* template; .* raise --max-tokens"):
+    with pytest.raises(UserError, match=r"ends 0 of 32 answers within 2 tokens: .* raise model.max_tokens"):
         run(settings(tmp_path, dataset, model=model))
     assert not (tmp_path / "out/advice.json").exists()
 
