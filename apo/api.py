@@ -114,8 +114,7 @@ def evaluate(
     for note in inputs.benchmark.notes:
         print_line(f"note: {note}")
     total = len(work_items(config, inputs))
-    calls = dict.fromkeys(config.models, total)
-    with client_progress("evaluating", total, calls, shown=show_progress) as on_progress:
+    with client_progress("evaluating", total, dict.fromkeys(config.models, total), shown=show_progress) as on_progress:
         return _raise_interrupt(evaluate_mixeval(config, inputs=inputs, on_progress=on_progress))
 
 
@@ -144,8 +143,7 @@ def evaluate_ifeval(
     config = config_from(IFEvalConfig, recipe, overrides, out=out)
     inputs = load_ifeval_inputs(config)
     total = len(ifeval_work_items(config, inputs))
-    calls = dict.fromkeys(config.models, total)
-    with client_progress("evaluating", total, calls, shown=show_progress) as on_progress:
+    with client_progress("evaluating", total, dict.fromkeys(config.models, total), shown=show_progress) as on_progress:
         return _raise_interrupt(evaluate_on_ifeval(config, inputs=inputs, on_progress=on_progress))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -32,6 +32,7 @@ Models = Annotated[
 @app.callback()
 def _eval() -> None:
     """Measure a model, with intervals."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
 
 
 @app.command(context_settings=EXTRA_ARGUMENTS)
@@ -52,13 +53,15 @@ def mixeval(
     dry_run: DryRun = False,
 ) -> None:
     """Score models on MixEval-Hard. Run it again to continue a stopped run; no reply is paid for twice."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.evaluation.mixeval.cli import print_settings, run_several, run_single
     from apo.evaluation.mixeval.config import MixEvalConfig, load_inputs
 
     models = model or []
     config = read_recipe(context, MixEvalConfig, recipe, set_, out, **_first_model(models))
-    _check_runner(runner, address)
+    if runner not in (None, "ray"):
+        raise UserError(f"unknown runner {runner!r}; allowed: ray, or none for this process")
+    if address and not runner:
+        raise UserError("--address is for --runner ray; add it, or leave that out")
     if runner or len(models) > 1:
         if estimate or probe:
             raise UserError("--estimate is for one model in this process; leave out --runner and all --model but one")
@@ -90,13 +93,6 @@ def _first_model(models: Sequence[str]) -> dict[str, str]:
     return {"model.url" if models[0].startswith(("http://", "https://")) else "model.path": models[0]}
 
 
-def _check_runner(runner: str | None, address: str | None) -> None:
-    if runner not in (None, "ray"):
-        raise UserError(f"unknown runner {runner!r}; allowed: ray, or none for this process")
-    if address and not runner:
-        raise UserError("--address is for --runner ray; add it, or leave that out")
-
-
 @app.command(context_settings=EXTRA_ARGUMENTS)
 def ifeval(
     context: typer.Context,
@@ -107,7 +103,6 @@ def ifeval(
     dry_run: DryRun = False,
 ) -> None:
     """Score models on IFEval: which instructions their answers follow. Run it again to continue a stopped run."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.evaluation.ifeval.cli import run
     from apo.evaluation.ifeval.config import IFEvalConfig
 
@@ -141,34 +136,21 @@ def winrate(
     dry_run: DryRun = False,
 ) -> None:
     """Measure which of two models a judge prefers, in both orders; raw and at equal lengths, with intervals."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
-    from apo.evaluation.winrate.run import WinrateConfig, load_inputs
-
-    config = read_recipe(context, WinrateConfig, recipe, set_, out)
-    inputs = load_inputs(config)
-    if dry_run:
-        _print_winrate(config, inputs)
-        return
-    _run_winrate(config, inputs)
-
-
-def _print_winrate(config: Any, inputs: Any) -> None:
     import yaml
 
     from apo.evaluation.config import redacted
-
-    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
-    pairs = len(inputs.prompts) * config.samples
-    print(f"# {len(inputs.prompts):,} prompts, {pairs:,} pairs of answers, at most {2 * pairs:,} verdicts")
-
-
-def _run_winrate(config: Any, inputs: Any) -> None:
     from apo.evaluation.tables import winrate_table
-    from apo.evaluation.winrate.run import measure_win_rate
+    from apo.evaluation.winrate.run import WinrateConfig, load_inputs, measure_win_rate
     from clair.core.console import show as print_
     from clair.terminal import client_progress
 
+    config = read_recipe(context, WinrateConfig, recipe, set_, out)
+    inputs = load_inputs(config)
     total = len(inputs.prompts) * config.samples
+    if dry_run:
+        print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+        print(f"# {len(inputs.prompts):,} prompts, {total:,} pairs of answers, at most {2 * total:,} verdicts")
+        return
     calls = {role: total * (2 if role == "judge" else 1) for role in config.models}
     with client_progress("evaluating", total, calls, closing=True) as on_progress:
         outcome = measure_win_rate(config, inputs=inputs, on_progress=on_progress)
@@ -198,7 +180,6 @@ def pairs(
     set_: Overrides = None,
 ) -> None:
     """Measure held-out pairs: reward accuracy, margin, displacement, length, KL to the reference, with intervals."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.console import quieten
     from apo.evaluation.pairs import PairsConfig, evaluate_pairs
     from apo.evaluation.tables import pairs_table

@@ -22,6 +22,14 @@ def mean_with_interval(
     return {"mean": estimate.mean, "se": estimate.se, "ci95": [estimate.lo, estimate.hi]}
 
 
+def score_headline(name: str, value: float | None, interval: Interval, unanswered: int) -> str:
+    """A score in per cent with its interval, or its bracket if a server refused items."""
+    low, high = (f"{100 * end:.1f}" for end in interval.ci95 or interval.bracket)
+    if value is None:
+        return f"{name} between {low} and {high} %, {unanswered} items were refused"
+    return f"{name} {100 * value:.1f} %" + (f", 95 % interval {low} to {high}" if interval.ci95 else "")
+
+
 def score_interval(scored: Sequence[Scored]) -> Interval:
     """The uncertainty of a mean of scores. Fields are None if there are too few of them or one is `unanswered`."""
     scores, clusters = [entry.score for entry in scored], [entry.cluster for entry in scored]

@@ -38,11 +38,6 @@ def _mixeval_table(score: Score) -> Table:
     return table
 
 
-def measure_name(name: str) -> str:
-    """The name of a measure of IFEval, such as `prompts, loose`; any other name as it is."""
-    return name.replace("_", "s, ") if name in MEASURES else name
-
-
 def _ifeval_table(score: IFEvalScore) -> Table:
     """The shares of prompts and instructions, then of groups and types of instructions."""
     table = Table(
@@ -61,22 +56,25 @@ def _ifeval_table(score: IFEvalScore) -> Table:
     }
     for section in (levels, score.by_group, score.by_type):
         for name, numbers in section.items():
-            table.add_row(name, *_cells(numbers.loose), *_cells(numbers.strict), f"{numbers.loose.n:,}")
+            table.add_row(
+                name,
+                *_cells(numbers.loose.mean, numbers.loose),
+                *_cells(numbers.strict.mean, numbers.strict),
+                f"{numbers.loose.n:,}",
+            )
         table.add_section()
     return table
 
 
-def _cells(interval: Interval) -> tuple[str, str]:
-    if interval.mean is None:
+def _cells(value: float | None, interval: Interval) -> tuple[str, str]:
+    if value is None:
         return ("bracket", _range(interval.bracket))
-    return (_percent(interval.mean), _range(interval.ci95))
+    return (_percent(value), _range(interval.ci95))
 
 
 def _row(value: float | None, interval: Interval, unresolved: int) -> tuple[str, ...]:
     counts = f"{interval.n}, {interval.questions}, {interval.clusters or interval.questions}"
-    if value is None:
-        return ("bracket", _range(interval.bracket), counts, str(unresolved))
-    return (_percent(value), _range(interval.ci95), counts, str(unresolved))
+    return (*_cells(value, interval), counts, str(unresolved))
 
 
 def _percent(value: float | None) -> str:
@@ -106,7 +104,8 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             if section["level"] == "benchmark":
                 continue
             numbers = section["tuned"][index]
-            name = measure_name(section["benchmark"] or section["split"] or "")
+            name = section["benchmark"] or section["split"] or ""
+            name = name.replace("_", "s, ") if name in MEASURES else name
             table.add_row(
                 f"{model['name']}: {name}".removesuffix(": ") if section["level"] == "overall" else f"  {name}",
                 f"{100 * numbers['score']:.1f}",

@@ -19,6 +19,7 @@ from typing import Any
 from apo.evaluation.compare.changes import RIGHT
 from apo.evaluation.compare.power import power_analysis
 from apo.evaluation.compare.rows import ComparedRow, model_names, pair_rows
+from apo.evaluation.intervals import mean_with_interval
 from apo.evaluation.results import MEASURES, SPLITS, IFEvalScore, Results, Score
 from clair.core.errors import UserError
 from clair.core.provenance import provenance
@@ -150,10 +151,8 @@ def _columns(rows: Sequence[ComparedRow], name: str) -> list[tuple[float, ...]]:
 
 
 def _score(scores: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
-    if len(set(clusters)) < 2:
-        return {"score": fmean(scores), "se": None, "ci95": None}
-    estimate = clustered_score(scores, clusters)
-    return {"score": estimate.mean, "se": estimate.se, "ci95": [estimate.lo, estimate.hi]}
+    numbers = mean_with_interval(scores, clusters, clustered_score)
+    return {"score": numbers.pop("mean"), **numbers}
 
 
 def _delta(base: Sequence[float], tuned: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:

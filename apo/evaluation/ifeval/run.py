@@ -14,6 +14,7 @@ from apo.evaluation.ifeval.benchmark import IFEvalRow
 from apo.evaluation.ifeval.checkers import checker_versions
 from apo.evaluation.ifeval.config import IFEvalConfig, IFEvalInputs, load_inputs
 from apo.evaluation.ifeval.score import aggregate, make_item
+from apo.evaluation.intervals import score_headline
 from apo.evaluation.results import IFEvalItem, IFEvalScore, Role, Usage, read_results, write_results
 from apo.evaluation.rows import Progress, collect_results
 from clair.core.errors import UserError
@@ -37,14 +38,10 @@ class IFEvalOutcome(Outcome):
     @property
     def headline(self) -> str | None:
         """The share of prompts whose instructions are all followed, loosely, or its bracket."""
-        if self.score is None:
+        if (score := self.score) is None:
             return None
-        interval = self.score.intervals["prompt_loose"]
-        low, high = (f"{100 * end:.1f}" for end in interval.ci95 or interval.bracket)
-        if interval.mean is None:
-            return f"prompt-level loose between {low} and {high} %, {self.score.unanswered} items were refused"
-        ci95 = f", 95 % interval {low} to {high}" if interval.ci95 else ""
-        return f"prompt-level loose {100 * interval.mean:.1f} %{ci95}"
+        interval = score.intervals["prompt_loose"]
+        return score_headline("prompt-level loose", interval.mean, interval, score.unanswered)
 
     def table(self) -> Table:
         """The scores of all measures and types, as the command prints them. Raises UserError if there are none."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,6 @@ FILES_SHA256: Mapping[tuple[str, Split], str] = {
     ("2024-08-11", "multiple-choice"): "3015ee7cc02f20ae7e412e0b42919a9a7d361c6c37de36db5ada38a576a36fea",
 }
 """SHA-256 of the Hard files."""
-SEPARATOR = "\x1e"
 JUDGE_SHA256: Mapping[Split, str] = {
     "free-form": "64bc0973729b664e9bdf8461b87ef77ac52b225d9edbdee6046ae195f55a8d8a",
     "multiple-choice": "6c1a112b203f05b402ab258b4b8586162c2a4129c137c54fff33289209d0d2df",
@@ -224,11 +223,6 @@ def load_judge_prompts(data: str | Path) -> JudgePrompts:
                 f"{JUDGE_SHA256[split]}; get it again with `apo eval fetch-mixeval {data}`"
             )
     return JudgePrompts(system, user)
-
-
-def prompts_sha256(rows: Iterable[BenchmarkRow]) -> str:
-    """SHA-256 of formatted prompts."""
-    return hashlib.sha256(SEPARATOR.join(row.text for row in rows).encode()).hexdigest()
 
 
 def _read(folder: Path, name: str) -> bytes:

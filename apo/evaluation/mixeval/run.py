@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from apo.evaluation.answers import Answer, Answerer, AnswerRequest, usage_of, without_headers
 from apo.evaluation.config import Outcome, evaluation_clients, resumable_ledger
+from apo.evaluation.intervals import score_headline
 from apo.evaluation.mixeval.answers import answer_requests
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
 from apo.evaluation.mixeval.judging import Judge, JudgeResult, Verdict, judge_by_rule, make_item, with_fallbacks
@@ -39,14 +40,9 @@ class MixEvalOutcome(Outcome):
     @property
     def headline(self) -> str | None:
         """The overall score in per cent, or its bracket if a server refused items."""
-        if self.score is None:
+        if (score := self.score) is None:
             return None
-        interval = self.score.intervals["overall"]
-        if self.score.overall is None:
-            low, high = interval.bracket
-            return f"overall between {100 * low:.1f} and {100 * high:.1f} %, {self.score.unanswered} items were refused"
-        ci95 = f", 95 % interval {100 * interval.ci95[0]:.1f} to {100 * interval.ci95[1]:.1f}" if interval.ci95 else ""
-        return f"overall {100 * self.score.overall:.1f} %{ci95}"
+        return score_headline("overall", score.overall, score.intervals["overall"], score.unanswered)
 
     def table(self) -> Table:
         """The scores of all splits and benchmarks, as the command prints them. Raises UserError if there are none."""

@@ -66,11 +66,8 @@ def _by_benchmark(items: Sequence[Item], profile: Profile) -> dict[str, Benchmar
     }
 
 
-def _mean(items: Sequence[Item]) -> float:
-    return math.fsum(item.score for item in items) / len(items)
-
-
 def _reported_mean(items: Sequence[Item], profile: Profile) -> float | None:
     if any(item.unanswered for item in items):
         return None
-    return round(_mean(items), _DECIMALS) if profile == "faithful" else _mean(items)
+    mean = math.fsum(item.score for item in items) / len(items)
+    return round(mean, _DECIMALS) if profile == "faithful" else mean

@@ -12,8 +12,6 @@ from clair.core.student_t import t_quantile
 _MIN_CLUSTERS = 4
 _MAX_COEFFICIENT = 30.0
 """Larger coefficients mean infinity: the outcomes are separable, and no finite coefficient fits best."""
-
-
 _SEPARATED = "one side wins always, or whenever its answer is longer (or shorter), so that no finite rate fits"
 
 
@@ -70,7 +68,8 @@ def _fit(values: Sequence[float], x: Sequence[float]) -> tuple[float, float]:
     theta = length = 0.0
     likelihood = _likelihood(theta, length, values, x)
     for _ in range(100):
-        gradient = [math.fsum(terms) for terms in zip(*_gradients(theta, length, values, x), strict=True)]
+        residuals = [value - _sigmoid(theta + length * feature) for value, feature in zip(values, x, strict=True)]
+        gradient = math.fsum(residuals), math.fsum(r * feature for r, feature in zip(residuals, x, strict=True))
         inverse = _inverse(*_curvature(theta, length, x))
         step = (
             inverse[0] * gradient[0] + inverse[1] * gradient[1],
@@ -87,11 +86,6 @@ def _fit(values: Sequence[float], x: Sequence[float]) -> tuple[float, float]:
         if max(abs(theta), abs(length)) > _MAX_COEFFICIENT:
             break
     raise ValueError(_SEPARATED)
-
-
-def _gradients(theta: float, length: float, values: Sequence[float], x: Sequence[float]) -> list[tuple[float, float]]:
-    residuals = [value - _sigmoid(theta + length * feature) for value, feature in zip(values, x, strict=True)]
-    return [(residual, residual * feature) for residual, feature in zip(residuals, x, strict=True)]
 
 
 def _likelihood(theta: float, length: float, values: Sequence[float], x: Sequence[float]) -> float:
@@ -113,9 +107,7 @@ def _curvature(theta: float, length: float, x: Sequence[float]) -> tuple[float, 
 def _inverse(a: float, b: float, c: float) -> tuple[float, float, float]:
     determinant = a * c - b * b
     if determinant <= 1e-12 * a * c or a * c == 0:
-        raise ValueError(
-            "one side wins always, or whenever its answer is longer (or shorter), so that no finite rate fits"
-        )
+        raise ValueError(_SEPARATED)
     return c / determinant, -b / determinant, a / determinant
 
 

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from apo.evaluation.mixeval import benchmark as mixeval
-from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts, load, load_judge_prompts, prompts_sha256
+from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts, load, load_judge_prompts
 from clair.core.errors import UserError
 from tests.apo.evaluation.questions import accept, write_data
 
@@ -65,7 +65,7 @@ PROMPTS_SHA256 = {
     ("2024-08-11", "free-form"): "ccef1179080815df81c02b1d9d21e5ab796b24ed633f8a4968a7769b12cfb18f",
     ("2024-08-11", "multiple-choice"): "64727da87c6b27cae40768a2860f9c21305afdce4f42ef68d40e4360629f81ae",
 }
-"""SHA-256 of all formatted prompts of a Hard file, by `prompts_sha256`."""
+"""SHA-256 of all formatted prompts of a Hard file, joined by the record separator."""
 
 
 @pytest.mark.parametrize("version", mixeval.VERSIONS)
@@ -74,7 +74,8 @@ def test_the_fingerprints_of_all_prompts_of_hard(real, version):
         pytest.skip(f"MixEval {version} is not among the shared reference data")
     benchmark = load(real, version)
     for split in mixeval.SPLITS:
-        assert prompts_sha256(benchmark.rows[split]) == PROMPTS_SHA256[version, split]
+        prompts = "\x1e".join(row.text for row in benchmark.rows[split])
+        assert hashlib.sha256(prompts.encode()).hexdigest() == PROMPTS_SHA256[version, split]
         assert len(benchmark.rows[split]) == 500
     counts = {"2024-06-01": (200, 246), "2024-08-11": (380, 443)}[version]
     assert tuple(len({row.question for row in benchmark.rows[split]}) for split in mixeval.SPLITS) == counts
