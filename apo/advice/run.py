@@ -67,9 +67,8 @@ def run(
         replies = run_async(
             collect_replies(config, inputs, ledger, log, judge=config.judge is not None and in_template)
         )
-    if replies.stopped or replies.failures:
-        first = next(iter(replies.failures), "")
-        return AdviceOutcome(out=out, failed=len(replies.failures), first_failure=first, stopped=replies.stopped)
+    if early := AdviceOutcome.early(out, replies.stopped, replies.failures):
+        return early
     own_answers = [_complete_answer(replies, inputs, row) for row in inputs.rows]
     cut_off = sum(answer.truncated for answer in replies.own_answers.values())
     if sum(text is not None for text in own_answers) < max(2, len(own_answers) / 2):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,13 @@ class Outcome:
     first_failure: str = ""
     stopped: str | None = None
     refused: str = ""
+
+    @classmethod
+    def early(cls, out: Path, stopped: str | None, failures: Sequence[str]) -> Self | None:
+        """The outcome of a run that was stopped, or whose requests failed for these reasons; None if it is whole."""
+        if not stopped and not failures:
+            return None
+        return cls(out=out, failed=len(failures), first_failure=next(iter(failures), ""), stopped=stopped)
 
     @property
     def headline(self) -> str | None:

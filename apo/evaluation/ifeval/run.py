@@ -68,9 +68,8 @@ async def _evaluate(config: IFEvalConfig, inputs: IFEvalInputs, ledger: Ledger, 
     async with evaluation_clients(config, ledger, stop) as clients:
         run = IFEvalRun(config, inputs, clients, stop)
         items = await run.items(on_progress)
-    if stop.reason or run.failures:
-        first = next(iter(run.failures), "")
-        return IFEvalOutcome(out=out, failed=len(run.failures), first_failure=first, stopped=stop.reason)
+    if early := IFEvalOutcome.early(out, stop.reason, run.failures):
+        return early
     score = run.write(items, time.monotonic() - started)
     refused = next((refusal for refusal in run.answerer.refusals if refusal.startswith("http_")), "")
     return IFEvalOutcome(out=out, score=score, refused=refused)

@@ -76,9 +76,8 @@ async def _evaluate(
     async with evaluation_clients(config, ledger, stop, resources) as clients:
         run = MixEvalRun(config, inputs, clients, stop)
         items = await run.items(run.work(), on_progress)
-    if stop.reason or run.failures:
-        first = next(iter(run.failures), "")
-        return MixEvalOutcome(out=out, failed=len(run.failures), first_failure=first, stopped=stop.reason)
+    if early := MixEvalOutcome.early(out, stop.reason, run.failures):
+        return early
     score = run.write(items, time.monotonic() - started)
     refused = [*run.answerer.refusals, *(run.judge.refusals if run.judge else ())]
     requests = len(run.judge.distinct) if run.judge else 0

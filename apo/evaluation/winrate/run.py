@@ -256,9 +256,8 @@ async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_
     async with evaluation_clients(config, ledger, stop) as clients:
         run = WinrateRun(config, inputs, clients, stop)
         compared = await run.outcomes(on_progress)
-    if stop.reason or run.failures:
-        first = next(iter(run.failures), "")
-        return WinrateOutcome(out=out, failed=len(run.failures), first_failure=first, stopped=stop.reason)
+    if early := WinrateOutcome.early(out, stop.reason, run.failures):
+        return early
     if not any(comparison.value is not None for comparison in compared):
         counts = ", ".join(f"{count} {reason}" for reason, count in unresolved_counts(compared).items())
         counts += "".join(f" ({refusal})" for refusal in run.refusals[:1])

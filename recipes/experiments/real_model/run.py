@@ -33,6 +33,7 @@ from typing import Any
 from clair.core.errors import UserError
 from clair.core.files import content_hash, read_json, write_json
 from clair.pipeline.output_dir import lock_output
+from clair.storage.location import cache_root
 from recipes.experiments.paper_mini import results
 from recipes.experiments.real_model.cells import CELLS, EPOCHS, PRIMARY, Cell
 from recipes.experiments.real_model.model import default_folder
@@ -236,7 +237,6 @@ def check_inputs(model: Path, data: Path) -> None:
 
 
 def main() -> None:
-    cache = Path(os.environ.get("CLAIR_CACHE", Path.home() / ".cache" / "clair-apo"))
     shared = Path(os.environ.get("CLAIR_SHARED", ROOT.parent / "shared"))
     parser = argparse.ArgumentParser(description="Run the experiment on a real model; what is done is not done again.")
     parser.add_argument("--small", action="store_true", help="a look in 20 minutes: few prompts, one rate, one cell")
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=shared / "data")
     parser.add_argument("--out", type=Path, help="a folder outside the repository")
     args = parser.parse_args()
-    out = (args.out or cache / ("real-model-small" if args.small else "real-model")).resolve()
+    out = (args.out or cache_root() / ("real-model-small" if args.small else "real-model")).resolve()
     model, data = args.model.resolve(), args.data.resolve()
     os.chdir(ROOT)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
