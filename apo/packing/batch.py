@@ -28,15 +28,15 @@ _TOKENS = ("prompt_ids", *(f"{side}_{kind}" for side in SIDES for kind in ("ids"
 class PairBatch:
     """B pairs: their `examples`, with id columns and, if there are any, masks, a weight and reference log-probs.
 
-    `pad` stacks examples into TRL's tensors. `given` is what a user's own collator has stacked. A `dummy` batch runs
-    only because all processes must run equally many, and counts for nothing.
+    `pad` stacks examples into TRL's tensors. `user_stacked` is what a user's own collator has stacked. A `dummy` batch
+    runs only because all processes must run equally many, and counts for nothing.
 
     transformers reads it as it reads TRL's batch, by key, and leaves it on the host: it is no Mapping.
     """
 
     examples: list[dict[str, Any]]
     pad: Callable[[list[dict[str, Any]]], Stacked]
-    given: Stacked | None = None
+    user_stacked: Stacked | None = None
     dummy: bool = False
     _rows: dict[torch.device, PackedRow] = field(default_factory=dict, init=False)
 
@@ -52,7 +52,7 @@ class PairBatch:
     @cached_property
     def stacked(self) -> Stacked:
         """TRL's stacked batch, on the host."""
-        return mask_turns(self.pad(self.examples), self.examples) if self.given is None else self.given
+        return mask_turns(self.pad(self.examples), self.examples) if self.user_stacked is None else self.user_stacked
 
     def row(self, device: torch.device) -> PackedRow:
         """The pairs in one packed row on `device`, which policy and reference share."""
@@ -75,12 +75,17 @@ class PairBatch:
 
     def select(self, indices: Sequence[int], *, dummy: bool = False) -> PairBatch:
         """The batch of some of its pairs, in this order; of a dummy always a dummy."""
-        given = self.given
-        if given is not None:
+        user_stacked = self.user_stacked
+        if user_stacked is not None:
             rows = [*indices, *(index + len(self) for index in indices)]
-            given = {key: value[list(indices) if len(value) == len(self) else rows] for key, value in given.items()}
+            user_stacked = {
+                key: value[list(indices) if len(value) == len(self) else rows] for key, value in user_stacked.items()
+            }
         return replace(
-            self, examples=[self.examples[index] for index in indices], given=given, dummy=dummy or self.dummy
+            self,
+            examples=[self.examples[index] for index in indices],
+            user_stacked=user_stacked,
+            dummy=dummy or self.dummy,
         )
 
 

@@ -21,18 +21,18 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> PairBatch:
         """The batch. Only a user's collator is called at once, as it may change the pairs or read images."""
-        examples, pad, given = [dict(row) for row in rows], self.stack, None
+        examples, pad, user_stacked = [dict(row) for row in rows], self.stack, None
         if not isinstance(pad, DataCollatorForPreference):
-            given, pad = pad(list(rows)), DataCollatorForPreference(pad_token_id=0)
-            if isinstance(given, PairBatch):  # it called another PairCollator
-                return given
-            mask_turns(given, rows)
+            user_stacked, pad = pad(list(rows)), DataCollatorForPreference(pad_token_id=0)
+            if isinstance(user_stacked, PairBatch):  # it called another PairCollator
+                return user_stacked
+            mask_turns(user_stacked, rows)
             if "prompt_ids" in rows[0]:
-                whole = {"chosen_mask": [], "rejected_mask": []}
-                examples = [{**row, **whole, **pair} for row, pair in zip(rows, unstack(given), strict=True)]
+                unmasked = {"chosen_mask": [], "rejected_mask": []}
+                examples = [{**row, **unmasked, **pair} for row, pair in zip(rows, unstack(user_stacked), strict=True)]
         for example in examples:
             if self.weights is not None:
                 example[PAIR_WEIGHT] = float(example.get(self.weights, 1.0))
             if "prompt_ids" in example:
                 example[SHARED_LENGTH] = shared_response_length(example)
-        return PairBatch(examples, pad, given)
+        return PairBatch(examples, pad, user_stacked)

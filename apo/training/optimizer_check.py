@@ -70,10 +70,10 @@ def check_optimizer(args: APOConfig, steps: int, prefix: str = "trainer.") -> No
         if handler is None:
             raise ValueError("transformers has no such optimizer")
         try:
-            given = _parse_optim_args(args.optim_args)
+            optim_options = _parse_optim_args(args.optim_args)
         except ValueError as error:
             raise UserError(f"{prefix}optim_args is {args.optim_args!r}; write name=value, ...") from error
-        options: Any = _ReadOptions(given)
+        options: Any = _ReadOptions(optim_options)
         adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         model: Any = _UnloadedModel()
         context = OptimizerContext(args, model, {"lr": args.learning_rate}, adam, options)
@@ -83,7 +83,7 @@ def check_optimizer(args: APOConfig, steps: int, prefix: str = "trainer.") -> No
                 optimizer([weight], **arguments)
             elif not {"model", "params"} & set(arguments):
                 inspect.signature(optimizer).bind([weight], **arguments)
-    if unread := next((option for option in given if option not in options.names), None):
+    if unread := next((option for option in optim_options if option not in options.names), None):
         allowed = ", ".join(sorted(options.names)) or "none"
         raise UserError(
             f"{prefix}optim_args: {name} has no option {unread!r}{near_miss(unread, options.names)}; options: {allowed}"

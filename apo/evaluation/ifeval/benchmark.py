@@ -71,10 +71,10 @@ def _parse(number: int, value: Any) -> IFEvalRow:
     if len(names) != len(arguments):
         raise ValueError(f"{len(names)} instructions and {len(arguments)} kwargs; give one mapping an instruction")
     # A null stands for a key that another instruction has: so the data set google/IFEval writes its rows.
-    given = [{name: item for name, item in (kwargs or {}).items() if item is not None} for kwargs in arguments]
-    for name, kwargs in zip(names, given, strict=True):
+    kwargs_list = [{name: item for name, item in (kwargs or {}).items() if item is not None} for kwargs in arguments]
+    for name, kwargs in zip(names, kwargs_list, strict=True):
         check_instruction(name, kwargs)
-    return IFEvalRow(number, key, prompt, tuple(names), tuple(given))
+    return IFEvalRow(number, key, prompt, tuple(names), tuple(kwargs_list))
 
 
 def read_responses(path: str, rows: Sequence[IFEvalRow]) -> list[Answer[IFEvalRow]]:

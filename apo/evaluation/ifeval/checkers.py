@@ -63,8 +63,8 @@ def check_instruction(name: str, arguments: Mapping[str, Any]) -> None:
     checker = types[name](name)
     expected = set(checker.get_instruction_args_keys())
     if arguments.keys() != expected:
-        given = ", ".join(sorted(arguments)) or "none"
-        raise ValueError(f"{name} takes the kwargs {', '.join(sorted(expected)) or 'none'}, and it has {given}")
+        names = ", ".join(sorted(arguments)) or "none"
+        raise ValueError(f"{name} takes the kwargs {', '.join(sorted(expected)) or 'none'}, and it has {names}")
     with _seeded():
         initial = random.getstate()
         try:
