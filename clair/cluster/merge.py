@@ -19,10 +19,12 @@ from typing import Any
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically, write_json
 from clair.core.out_folder import ANOTHER_RUN, check_unchanged
+from clair.core.recipe import resolve
 from clair.data.dataset import SPLITS, DatasetWriter, card, read_manifest, read_order, split_file
 from clair.data.row_files import parquet_rows
 from clair.ledger.join import join_ledgers
-from clair.pipeline.config import changed_content_keys
+from clair.pipeline.balance import LengthBalance
+from clair.pipeline.config import BuildConfig, changed_content_keys, without_file_hashes
 from clair.pipeline.output_dir import Output, check_output, lock_output
 from clair.pipeline.shards import Shard, list_shards
 from clair.pipeline.steps import position_bias
@@ -106,14 +108,16 @@ def _merge(
     import pyarrow.parquet as pq
 
     target = output.folder
+    config = resolve(BuildConfig, without_file_hashes(manifests[0]["recipe"]), source=f"{shards[0]}/manifest.json")
     tools = "tools" in pq.read_schema(shards[0] / split_file(SPLITS[0])).names
     writer = DatasetWriter(
         target,
         seed=recipe["seed"],
         test_fraction=recipe["test_fraction"],
         tools=tools,
-        template_options=(recipe["target"] or {}).get("chat_template_kwargs"),
+        template_options=config.template_options,
     )
+    balance = LengthBalance.of(config)
     finished = False
     try:
         for expected, (index, kind, row) in enumerate(heapq.merge(*map(_rows, shards), key=lambda row: row[0])):
@@ -123,6 +127,10 @@ def _merge(
                 writer.drop(row)
             else:
                 writer.add(row)
+                if balance:
+                    balance.add(row)
+        if balance:
+            writer.remove(balance.surplus())
         finished = True
     finally:
         hashes = writer.close(keep=finished)
@@ -132,6 +140,8 @@ def _merge(
         join_ledgers(ledgers, ledger, Location(recipe["out"]).account)
         output.ledger(ledger, send_all=True).close()
     manifest = _manifest(manifests, recipe, writer, hashes)
+    if balance:
+        manifest["balance"] = balance.summary()
     write_json(target / "manifest.json", manifest)
     write_atomically(target / "README.md", card(manifest))
     output.publish()

@@ -15,15 +15,16 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from clair.core.files import content_hash, file_sha256, publish, read_json
 from clair.data.preference_sources import load_preferences
-from clair.data.records import LABELS
+from clair.data.records import LABELS, Dropped
 from clair.data.row_files import is_json_list, parquet_rows
 from clair.storage.location import Location, report_as
 
@@ -156,18 +157,35 @@ class DatasetWriter:
         self._schema = schema(tools=self.tools, calls=self.calls, template_options=self.template_options)
         return pq.ParquetWriter(self._files[split], self._schema, compression="zstd")
 
-    def _write_calls(self) -> None:
-        """Switch to the schema with tool calls and thoughts in answers, and rewrite the rows written already."""
-        self.calls = True
+    def _rewrite(self, split: str, is_kept: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Write the rows of a split that are in its file again, with the present schema, if `is_kept` says so."""
+        self._parquet[split].close()
+        old_file = self._files[split].with_suffix(".before.tmp")
+        self._files[split].rename(old_file)
+        self._parquet[split] = self._open_parquet(split)
+        rows = filter(is_kept, parquet_rows(old_file, ROWS_PER_GROUP))
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            self._write(split, group)
+        old_file.unlink()
+
+    def remove(self, dropped: Mapping[str, Dropped]) -> None:
+        """Drop pairs that were added, by id: they go to the end of dropped.jsonl, in the order of the splits."""
+        if not dropped:
+            return
+        self.sums.clear()
+
+        def keep_or_drop(split: str, row: Mapping[str, Any]) -> bool:
+            if drop := dropped.get(row["id"]):
+                self.counts[split] -= 1
+                self.drop(drop.row(row["id"]))
+            else:
+                self.sums.update({name: value for name, value in row["contrast"].items() if value is not None})
+            return drop is None
+
         for split in SPLITS:
-            self._parquet[split].close()
-            old_file = self._files[split].with_suffix(".before.tmp")
-            self._files[split].rename(old_file)
-            self._parquet[split] = self._open_parquet(split)
-            rows = parquet_rows(old_file, ROWS_PER_GROUP)
-            while group := list(islice(rows, ROWS_PER_GROUP)):
-                self._write(split, group)
-            old_file.unlink()
+            if self._rows[split]:
+                self._write(split, self._rows[split])
+            self._rewrite(split, partial(keep_or_drop, split))
 
     def _temporary(self, name: str) -> Path:
         target = self.folder / name
@@ -182,7 +200,9 @@ class DatasetWriter:
             row | ({"chat_template_kwargs": options} if (options := self.template_options) else {})
         )
         if not self.calls and any(len(turn) > 2 for side in ("chosen", "rejected") for turn in row[side]):
-            self._write_calls()
+            self.calls = True  # the schema with tool calls and thoughts in answers
+            for name in SPLITS:
+                self._rewrite(name, lambda _: True)
         self._record_order(index, split)
         if len(self._rows[split]) == ROWS_PER_GROUP:
             self._write(split, self._rows[split])
@@ -279,6 +299,7 @@ def card(manifest: Mapping[str, Any]) -> str:
         *(f"- dropped, {reason}: {count}" for reason, count in manifest["drop_reasons"].items()),
         *(f"- mean {name}: {value:.3f}" for name, value in contrast.items()),
         *_position_lines(manifest),
+        *(f"- {balance_text(balance)}" for balance in [manifest.get("balance")] if balance),
         "",
         "`manifest.json` holds the exact recipe, versions and hashes; `dropped.jsonl` every prompt without a pair.",
         "",
@@ -291,6 +312,23 @@ def _position_lines(manifest: Mapping[str, Any]) -> list[str]:
         return []
     warning = "; **the judge is biased by position: do not trust these labels**" if position["biased"] else ""
     return [f"- the judge preferred what was shown first in {position['share_first']:.1%} of its verdicts{warning}"]
+
+
+def balance_text(balance: Mapping[str, Any]) -> str:
+    """The mean difference in tokens between winners and losers before and after balancing, with 95 % intervals."""
+    texts = []
+    for name in ("before", "after"):
+        estimate = balance[name]
+        if estimate["mean"] is None:
+            texts.append("no pair")
+            continue
+        interval = " to ".join(f"{end:+.1f}" for end in estimate["ci95"] or ())
+        texts.append(f"{estimate['mean']:+.1f}" + (f" (95 % interval {interval})" if interval else ""))
+    pairs = balance["before"]["pairs"] - balance["after"]["pairs"]
+    return (
+        f"tokens of the winner less those of the loser: {texts[1]} on average; {texts[0]} before {pairs} pairs were "
+        f"left out"
+    )
 
 
 MAX_UNREADABLE, MAX_ALLUDING = 0.2, 0.2
@@ -309,6 +347,13 @@ def quality_warnings(manifest: Mapping[str, Any]) -> list[str]:
             f"{counts['test']} of {counts['pairs']} pairs are held out (test_fraction {test:g}), too few to measure "
             f"on; a larger one, such as {fraction}, with --update pays for no reply again"
         )
+    if balance := manifest.get("balance"):
+        made, remaining = balance["before"]["pairs"], balance["after"]["pairs"]
+        if remaining < made / 2:
+            warnings.append(
+                f"balance left out {made - remaining} of {made} pairs, because their winners are longer; a larger "
+                f"balance.tokens leaves out fewer, or let both models answer at similar length"
+            )
     return [*warnings, *_doubtful_reviser(manifest)]
 
 

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clair.core.errors import UserError, one_line
+from clair.core.errors import UserError
 from clair.core.urls import api_key, parse_endpoint
 from clair.data.records import incomplete_reason
 from clair.inference.model import RateLimited, RequestFailed, Unreachable
-from clair.inference.model_folder import unknown_variable
+from clair.inference.model_folder import load_tokenizer, unknown_variable
 from clair.inference.openai import NotFound, OpenAIModel
 
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
@@ -59,21 +59,13 @@ def check_endpoints(
             parse_endpoint(url)
         except ValueError as error:
             raise UserError(str(error)) from error
-    loaded = _load(tokenizer) if tokenizer else None
+    loaded = load_tokenizer(tokenizer, "--tokenizer") if tokenizer else None
+    if loaded is not None and not loaded.chat_template:
+        raise UserError(
+            f"--tokenizer {tokenizer} has no chat template; give the tokenizer of the chat model that is served"
+        )
     key = api_key(key_env, "check-endpoint")
     return asyncio.run(_check_all(list(dict.fromkeys(urls)), loaded, model, key, on_step))
-
-
-def _load(path: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer {path}: no tokenizer can be loaded from it ({one_line(error)})") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"--tokenizer {path} has no chat template; give the tokenizer of the chat model that is served")
-    return tokenizer
 
 
 async def _check_all(

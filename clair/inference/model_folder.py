@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from clair.core.errors import UserError
+from clair.core.errors import UserError, one_line
 from clair.core.files import file_sha256
 
 _CONTENT_FILES = re.compile(
@@ -153,3 +153,13 @@ def resize_vocabulary(model: Any, adapter: Path) -> None:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if module is not None and new_size > old_size:
                 module.weight[old_size:] = module.weight[:old_size].mean(0)
+
+
+def load_tokenizer(path: str | Path, setting: str) -> Any:
+    """The tokenizer of a folder or of a model on the hub. Raises UserError that names the `setting`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting} {path}: no tokenizer can be loaded from it ({one_line(error)})") from error

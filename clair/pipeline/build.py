@@ -24,6 +24,7 @@ from clair.inference.budget import Tally, discounted_share, price_table_version,
 from clair.inference.client import ModelClient
 from clair.inference.open import Resources, check_models
 from clair.ledger.ledger import Ledger, Tokens
+from clair.pipeline.balance import LengthBalance
 from clair.pipeline.config import BuildConfig, changed_content_keys, redacted
 from clair.pipeline.output_dir import CURRENT_ROW, Output, check_output, lock_output
 from clair.pipeline.runner import KILLED_WORKER, PipelineRun, PromptRow, load_templates, open_run
@@ -61,16 +62,17 @@ def check_recipe(config: BuildConfig, shard: Shard | None = None) -> Scan:
     check_output(config.out)
     load_templates(config)
     check_models(config.models, config.budget, config.seed)
+    LengthBalance.of(config)
     prompt_scan = scan(config.prompts, config.limit, shard.contains) if shard else scan(config.prompts, config.limit)
     prompts = prompt_scan.unique
     provided = prompt_scan.compared if config.pipeline == "judged" else prompt_scan.answered
-    if config.target is None and provided < prompts:
+    if getattr(config, config.answerer) is None and provided < prompts:
         column = "answers column" if config.pipeline == "judged" else "answer column"
         raise UserError(
-            f"{prompts - provided} of {prompts} prompts have no answer and the recipe has no target; "
-            f"add target: or an {column}"
+            f"{prompts - provided} of {prompts} prompts have no answer and the recipe has no {config.answerer}; "
+            f"add {config.answerer}: or an {column}"
         )
-    if config.pipeline == "stronger" and config.stronger is None and prompt_scan.preferred < prompts:
+    if config.pipeline in ("stronger", "delta") and config.stronger is None and prompt_scan.preferred < prompts:
         raise UserError(
             f"{prompts - prompt_scan.preferred} of {prompts} prompts have no stronger answer and the recipe has no "
             f"stronger model; add stronger:, or fill the column that prompts.columns.stronger names"
@@ -148,11 +150,14 @@ async def _build(
                 test_fraction=config.test_fraction,
                 order=shard is not None,
                 tools=prompt_scan.tools,
-                template_options=config.target and config.target.chat_template_kwargs,
+                template_options=config.template_options,
             )
+            balance = None if shard else LengthBalance.of(config)  # a shard does not see the pairs of other shards
             finished = False
             try:
-                finished = await _fill(run, prompt_scan, writer, on_progress, shard, crash_policy, output)
+                finished = await _fill(run, prompt_scan, writer, balance, on_progress, shard, crash_policy, output)
+                if finished and balance:
+                    writer.remove(balance.surplus())
             finally:
                 hashes = writer.close(keep=finished)
             if finished or not await run.wait(partial(on_progress, writer, run.clients)):
@@ -161,7 +166,7 @@ async def _build(
         if run.stop.error:
             raise run.stop.error
         return BuildResult(output.folder, {}, writer.failed, run.stop.reason)
-    manifest = _manifest(config, prompt_scan, writer, run, hashes, time.monotonic() - started)
+    manifest = _manifest(config, prompt_scan, writer, run, balance, hashes, time.monotonic() - started)
     return BuildResult(output.folder, manifest, writer.failed)
 
 
@@ -169,6 +174,7 @@ async def _fill(
     run: PipelineRun,
     prompt_scan: Scan,
     writer: DatasetWriter,
+    balance: LengthBalance | None,
     on_progress: Progress,
     shard: Shard | None,
     crash_policy: CrashPolicy,
@@ -199,7 +205,10 @@ async def _fill(
             if isinstance(outcome, Pending):
                 pending += 1
             elif isinstance(outcome, Pair):
-                writer.add(outcome.row(), row.index)
+                pair = outcome.row()
+                writer.add(pair, row.index)
+                if balance:
+                    balance.add(pair)
             else:
                 writer.drop(outcome.row(row.prompt.id), row.index)
             on_progress(writer, run.clients)
@@ -262,6 +271,7 @@ def _manifest(
     prompt_scan: Scan,
     writer: DatasetWriter,
     run: PipelineRun,
+    balance: LengthBalance | None,
     hashes: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
@@ -280,6 +290,7 @@ def _manifest(
         "sampling": {role: without_secrets(models[role].options(config.seed)) for role in clients},
         "first_replies": dict(sorted(run.reviser.first_replies.items())) if run.reviser else {},
         **position,
+        **({"balance": balance.summary()} if balance else {}),
         **_cost(run),
         "tokens": {role: _token_counts(client.total) for role, client in clients.items()},
         "prompts_sha256": prompt_scan.sha256,

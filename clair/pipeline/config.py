@@ -15,22 +15,39 @@ from clair.inference.config import JudgeConfig, ModelConfig, ReviserConfig, cont
 from clair.pipeline.filters import make_filters
 from clair.storage.location import Location
 
-_ROLES = ("target", "reviser", "judge", "stronger")
-_PIPELINES = {"revised": ("target", "reviser"), "judged": ("target", "judge"), "stronger": ("target", "stronger")}
+_ROLES = ("target", "reviser", "judge", "weaker", "stronger")
+_PIPELINES = {
+    "revised": ("target", "reviser"),
+    "judged": ("target", "judge"),
+    "stronger": ("target", "stronger"),
+    "delta": ("weaker", "stronger"),
+}
+
+
+class BalanceConfig(Recipe):
+    """`balance:` of a data recipe: leave pairs out until winners are not longer on average."""
+
+    tokens: int = Field(ge=0)
+    """A pair whose answers differ by more tokens than this is left out."""
+    tokenizer: str | None = None
+    """A folder or hub name with the tokenizer that counts; absent: that of a model that the recipe names by path."""
 
 
 class BuildConfig(Recipe):
     """A data recipe. Every key, with its default, is in docs/data.md."""
 
-    pipeline: Literal["revised", "judged", "stronger"]
+    pipeline: Literal["revised", "judged", "stronger", "delta"]
     prompts: PromptSource
     target: ModelConfig | None = None
     reviser: ReviserConfig | None = None
     judge: JudgeConfig | None = None
+    weaker: ModelConfig | None = None
+    """`delta`: the model whose answers are rejected."""
     stronger: ModelConfig | None = None
     samples: int = Field(default=2, ge=2)
     """`judged`: how many answers the target gives to each prompt."""
     filters: Mapping[str, bool | Mapping[str, Any]] = {}
+    balance: BalanceConfig | None = None
     budget: BudgetConfig | None = None
     """The most that may be spent, resumed runs and retries included: {money: 20} or {tokens: 5000000}."""
     accept: int | None = Field(default=None, ge=1)
@@ -55,9 +72,23 @@ class BuildConfig(Recipe):
         for role in _ROLES:
             if getattr(self, role) is not None and role not in used:
                 raise ValueError(f"{role} is not used by the pipeline {self.pipeline!r}; remove it")
-        if self.pipeline == "stronger" and self.stronger is None and "stronger" not in self.prompts.columns:
+        if "stronger" in used and self.stronger is None and "stronger" not in self.prompts.columns:
             raise ValueError(
-                "the pipeline 'stronger' needs stronger, a model; or its answers: prompts.columns.stronger"
+                f"the pipeline {self.pipeline!r} needs stronger, a model; or its answers: prompts.columns.stronger"
+            )
+        modes = [model.chat_template_kwargs for model in (self.weaker, self.stronger) if model]
+        if self.pipeline == "delta" and any(mode != modes[0] for mode in modes):
+            raise ValueError(
+                "weaker and stronger differ in chat_template_kwargs, and a pair has one mode; make them equal"
+            )
+        if self.balance and self.accept:
+            raise ValueError(
+                "balance leaves pairs out when all are made, so accept cannot count them; remove accept, and use limit"
+            )
+        if self.balance and self.tokenizer is None:
+            raise ValueError(
+                "balance counts tokens and no model is named by path; give balance.tokenizer, the folder of the model "
+                "that you will train"
             )
         if self.pipeline == "revised" and self.reviser is None:
             raise ValueError("the pipeline 'revised' needs reviser")
@@ -69,6 +100,23 @@ class BuildConfig(Recipe):
     def models(self) -> dict[str, ModelConfig]:
         """The models by role."""
         return {role: getattr(self, role) for role in _ROLES if getattr(self, role) is not None}
+
+    @property
+    def answerer(self) -> str:
+        """The role whose answers are rejected, or compared."""
+        return _PIPELINES[self.pipeline][0]
+
+    @property
+    def template_options(self) -> Mapping[str, Any] | None:
+        """The variables of the chat template that each pair gets: those of the model that answers."""
+        model = getattr(self, self.answerer) or (self.stronger if self.pipeline == "delta" else None)
+        return model and model.chat_template_kwargs
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The folder or hub name of the tokenizer that balances lengths, if the recipe names one."""
+        paths = (model.path for model in self.models.values() if model.path)
+        return self.balance and (self.balance.tokenizer or next(paths, None))
 
     @property
     def ledger_path(self) -> Path:

@@ -139,7 +139,8 @@ async def _ask(
                 [
                     f"{outcome.stage}.{outcome.reason}"
                     async for _, outcome in outcomes
-                    if isinstance(outcome, Dropped) and (outcome.failed or outcome.stage in ("target", "stronger"))
+                    if isinstance(outcome, Dropped)
+                    and (outcome.failed or outcome.stage in (config.answerer, "stronger"))
                 ]
             )
     if run.stop.error:
@@ -242,7 +243,7 @@ def expected_replies(config: BuildConfig, prompt_scan: Scan) -> dict[str, int]:
     """The expected replies of a build by role, if each can be parsed and no row is dropped."""
     provided = prompt_scan.compared if config.pipeline == "judged" else prompt_scan.answered
     rows = prompt_scan.held * prompt_scan.unique / max(1, prompt_scan.rows)
-    provided_by_role = {"target": provided, "stronger": prompt_scan.preferred}
+    provided_by_role = {config.answerer: provided, "stronger": prompt_scan.preferred}
     rows_to_request = {
         role: rows * (1 - count / max(1, prompt_scan.unique)) for role, count in provided_by_role.items()
     }

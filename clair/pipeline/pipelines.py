@@ -1,4 +1,7 @@
-"""The pipelines `revised`, `stronger` and `judged`, each composed of steps: the four data sets of arXiv 2408.06266."""
+"""The pipelines `revised`, `stronger`, `delta` and `judged`, each composed of steps.
+
+They make the four data sets of arXiv 2408.06266, and the pairs of delta learning.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +39,23 @@ async def revised(prompt: Prompt, *, target: ModelClient | None, reviser: Revise
 
 
 async def stronger(
-    prompt: Prompt, *, target: ModelClient | None, stronger: ModelClient | None, filters: Filters
+    prompt: Prompt,
+    *,
+    answerer: ModelClient | None,
+    role: str,
+    stronger: ModelClient | None,
+    source: str,
+    filters: Filters,
 ) -> Pair:
-    """Make a stronger-preferred pair: the target's answer is rejected, a stronger model's is chosen, without a judge.
+    """Prefer a stronger model's answer to that of the model in `role`, without a judge.
 
-    An answer that the row already has is used in place of the model's.
+    That model is the target (stronger-preferred pairs) or the weaker of two others (delta learning). An answer that the
+    row already has is used in place of the model's. `source` is the name of the pipeline.
     """
-    answer, better = await gather_all(generate(prompt, target), _better(prompt, stronger))
+    answer, better = await gather_all(generate(prompt, answerer, role=role), _better(prompt, stronger))
     by = stronger.model.name if stronger and prompt.stronger is None else "prompt file"
-    models = {"rejected": _author(prompt, target), "chosen": by}
-    labels = {"source": "stronger", **prompt.labels}
+    models = {"rejected": _author(prompt, answerer), "chosen": by}
+    labels = {"source": source, **prompt.labels}
     return apply_filters(_pair(prompt, better, answer, models, labels), filters)
 
 

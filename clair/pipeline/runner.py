@@ -128,8 +128,9 @@ def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Sto
             ask_again=config.reviser.ask_again,
         )
         return make_run(partial(revised, target=target, reviser=reviser, filters=filters), reviser=reviser)
-    if config.pipeline == "stronger":
-        return make_run(partial(stronger, target=target, stronger=clients.get("stronger"), filters=filters))
+    if config.pipeline in ("stronger", "delta"):
+        models = {"answerer": clients.get(config.answerer), "stronger": clients.get("stronger")}
+        return make_run(partial(stronger, **models, role=config.answerer, source=config.pipeline, filters=filters))
     judge = None
     if config.judge:
         judge = Judge(

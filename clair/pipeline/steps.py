@@ -60,18 +60,18 @@ class Judge:
     verdicts: Counter[int] = field(default_factory=Counter)
 
 
-async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0) -> Answer:
+async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0, role: str = "target") -> Answer:
     """The row's own answer without hidden reasoning, or else the model's. Drops an incomplete or empty answer.
 
-    The chosen answer would merely complete an incomplete one.
+    The chosen answer would merely complete an incomplete one. `role` is that of the model.
     """
     if prompt.answer is not None:
         text = visible_answer(prompt.answer)
         if not text.strip():
-            raise Dropped("target", "empty_reply", "the row's answer is blank, or only hidden reasoning")
+            raise Dropped(role, "empty_reply", "the row's answer is blank, or only hidden reasoning")
         return Answer(text)
     if model is None:
-        raise Dropped("target", "no_answer", "the row has no answer and the recipe has no target")
+        raise Dropped(role, "no_answer", f"the row has no answer and the recipe has no {role}")
     return await answer_of(prompt, model, sample)
 
 

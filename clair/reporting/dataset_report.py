@@ -16,7 +16,7 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import write_atomically
-from clair.data.dataset import CONTRAST, SPLITS, read_manifest, read_rows
+from clair.data.dataset import CONTRAST, SPLITS, balance_text, read_manifest, read_rows
 from clair.data.records import message_text
 from clair.pipeline.filters import FILTERS
 from clair.prompting.parse import FAILURES
@@ -141,8 +141,12 @@ _REASONS = {
     f"{STAGE}.{REASON}": "a person marked the pair drop",
     "prompts.duplicate": "the same prompt came before",
     "target.no_answer": "the row has no answer and the recipe has no target",
+    "weaker.no_answer": "the row has no answer and the recipe has no weaker model",
     "target.truncated": "the answer ran into max_tokens",
     "stronger.truncated": "the answer ran into max_tokens",
+    "weaker.truncated": "the answer ran into max_tokens",
+    "balance.length_gap": "the answers differ by more tokens than the recipe's balance allows",
+    "balance.longer_winner": "the winner is longer, and winners would be longer on average",
     "target.identical_samples": "all sampled answers are the same",
     "scores.tie": "all answers have the same score",
     "scores.missing": "an answer has no score",
@@ -164,6 +168,7 @@ def explain(name: str) -> str:
 def overview(manifest: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
     """The data of the overview: the manifest's counts, and distributions over all pairs."""
     names = ("pipeline", "counts", "drop_reasons", "failed", "models", "sampling", "tokens", "cost", "position")
+    balance = manifest.get("balance")
     result = {name: manifest[name] for name in (*names, "seconds", "seed", "review", "recipe") if name in manifest}
     return result | {
         "made_by": {"python": manifest.get("python"), **(manifest.get("versions") or {})},
@@ -171,7 +176,7 @@ def overview(manifest: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
             name: _histogram(name, [value for value in rows.numbers[name] if not math.isnan(value)])
             for name in CONTRAST
         },
-        "lengths": _lengths(rows),
+        "lengths": _lengths(rows) | ({"balance": balance_text(balance)} if balance else {}),
     }
 
 

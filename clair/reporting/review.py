@@ -254,8 +254,10 @@ def _reviewed(
         "kept": sum(decision == "keep" for decision in decisions.by_id.values()),
         "dropped": marked,
     }
+    # After a review, the lengths are no longer those that were balanced.
+    unchanged = {key: value for key, value in manifest.items() if key != "balance" or not marked}
     return {
-        **manifest,
+        **unchanged,
         "counts": new,
         "drop_reasons": dict(sorted(reasons.items())),
         "contrast": contrast if marked else manifest["contrast"],

@@ -9,10 +9,11 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from random import Random
 from typing import Any
 
 from recipes.world.skills import SKILLS
-from recipes.world.style import improve_style
+from recipes.world.style import add_style, improve_style
 from recipes.world.tasks import Task, answer_span, is_right, solve
 
 REASONING = "{teacher_reasoning}"
@@ -219,12 +220,21 @@ def written(thoughts: str, label: str, result: str, planned: Plan) -> Reply:
     return Reply(text, spoilt=planned.text)
 
 
-def answer(message: str, seed: int, body: str) -> Reply:
-    """The target's reply to a bare task: right or by the wrong rule, with equal probability over requests."""
+STRONGER_RIGHT, STRONGER_PADDED = 0.95, 0.5
+
+
+def answer(message: str, seed: int, body: str, *, stronger: bool = False) -> Reply:
+    """The target's reply to a bare task: right or by the wrong rule, with equal probability over requests.
+
+    The `stronger` model is right in `STRONGER_RIGHT` of its replies, and wordy in `STRONGER_PADDED` of them.
+    """
     task = find_task(message)
     if task is None:
         return Reply("I am a small model and I do not know how to answer that.")
-    return Reply(task.right if share(seed, body, "target") < 0.5 else task.wrong)
+    text = task.right if share(seed, body, "target") < (STRONGER_RIGHT if stronger else 0.5) else task.wrong
+    if stronger and share(seed, body, "wordy") < STRONGER_PADDED:
+        text = add_style(text, "padded", Random(body))
+    return Reply(text)
 
 
 def cut(reply: Reply, max_tokens: int | None) -> Reply:

@@ -2,10 +2,10 @@
 
     python -m recipes.world.server --port 0 --max-seconds 600
 
-prints its URL when it is ready and serves three models: `world-reviser` (the stronger model, answers revision
-requests, as a rewritten solution or as edits), `world-target` (answers bare tasks, half of them by a wrong rule) and
-`world-judge` (compares two solutions). GET /stats returns counts of requests. The server exits after `--max-seconds`,
-or when the process that started it is gone. From Python:
+prints its URL when it is ready and serves four models: `world-reviser` (answers revision requests, as a rewritten
+solution or as edits), `world-target` (answers bare tasks, half of them by a wrong rule), `world-stronger` (answers them
+nearly always right, and half of them in many words) and `world-judge` (compares two solutions). GET /stats returns
+counts of requests. The server exits after `--max-seconds`, or when the process that started it is gone. From Python:
 
     with running(ServerOptions(misbehaviour=Misbehaviour(too_many=0.05))) as server:
         server.url, server.stats()
@@ -30,7 +30,7 @@ from aiohttp import web
 from recipes.world.judge import Leanings, judge
 from recipes.world.reviser import Misbehaviour, Plan, Reply, answer, cut, plan, revise, share, user_texts
 
-MODELS = ("world-reviser", "world-target", "world-judge")
+MODELS = ("world-reviser", "world-target", "world-stronger", "world-judge")
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,9 @@ class World:
         except (ValueError, AttributeError) as error:
             raise Refused(400, str(error), "invalid_messages") from None
         count, seed = body.get("n") or 1, self.options.seed
-        if body["model"] == "world-target":
-            replies = [answer(turns[-1], seed, f"{body_id}-{n}" if n else body_id) for n in range(count)]
+        if body["model"] in ("world-target", "world-stronger"):
+            ids = [f"{body_id}-{n}" if n else body_id for n in range(count)]
+            replies = [answer(turns[-1], seed, id, stronger=body["model"] == "world-stronger") for id in ids]
         elif body["model"] == "world-judge":
             replies = [judge(turns, planned, seed=seed, body=body_id, leanings=self.options.leanings)] * count
         else:

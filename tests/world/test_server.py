@@ -274,6 +274,7 @@ def test_the_models_are_listed(calm: Running) -> None:
         assert [model["id"] for model in json.load(response)["data"]] == [
             "world-reviser",
             "world-target",
+            "world-stronger",
             "world-judge",
         ]
 

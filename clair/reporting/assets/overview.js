@@ -37,7 +37,7 @@ function tiles(c, tile) {
   ];
 }
 
-const STAGES = ["prompts", "target", "stronger", "scores", "reviser", "judge", "filter", "review"];
+const STAGES = ["prompts", "target", "weaker", "stronger", "scores", "reviser", "judge", "filter", "balance", "review"];
 
 function funnel() {
   const stages = Map.groupBy(Object.entries(O.drop_reasons), ([name]) => name.split(".")[0]);
@@ -88,6 +88,7 @@ function lengths() {
         el("dt", null, "mean words, rejected"), el("dd", null, told(L.mean.rejected)),
         el("dt", null, "median difference"), el("dd", null, `${sign}${told(L.median_more)} words`),
         el("dt", null, "median length ratio"), el("dd", null, fixed(O.histograms.length_ratio.q50))),
+      L.balance ? el("p", null, `Balanced: ${L.balance}.`) : null,
       el("p", { class: "soft" }, "In the plot, pairs above the dashed line have the longer winner.")));
 }
 

@@ -222,7 +222,7 @@ def test_accept_gives_exactly_the_first_pairs_in_the_order_of_the_prompts(tmp_pa
         ({"pipeline": "stronger", "target": endpoint()}, "needs stronger"),
         ({"pipeline": "revised", "reviser": endpoint(), "samples": 3}, "samples is not used"),
         ({"pipeline": "revised", "reviser": endpoint(), "filters": {"gap": True}}, "filter gap needs scores"),
-        ({"pipeline": "judge"}, "'revised', 'judged' or 'stronger'"),
+        ({"pipeline": "judge"}, "'revised', 'judged', 'stronger' or 'delta'"),
     ],
 )
 def test_roles_that_are_missing_or_would_be_ignored_are_refused(tmp_path, keys, match):
