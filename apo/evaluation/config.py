@@ -85,7 +85,7 @@ def default_batch_tokens() -> int:
 
 def with_batch_tokens(model: ModelConfig) -> ModelConfig:
     """The model with a batch size in tokens, if it is local and its recipe sets no batch size."""
-    if model.path is None or model.model_fields_set & {"batch_size", "batch_tokens"}:
+    if not model.is_local or model.model_fields_set & {"batch_size", "batch_tokens"}:
         return model
     return model.model_copy(update={"batch_tokens": default_batch_tokens()})
 

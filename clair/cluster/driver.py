@@ -22,7 +22,7 @@ from typing import Any
 from clair.cluster.crash_isolation import MAX_CRASHES, CrashHistory
 from clair.cluster.leased_limits import LIMITS_LOST
 from clair.cluster.merge import merge
-from clair.cluster.ray_session import LimitsActor, connected
+from clair.cluster.ray_session import LimitsActor, check_no_servers, connected
 from clair.cluster.shared_limits import REPLACED, RoleLimits
 from clair.cluster.worker import ShardResult, ShardTask, Worker
 from clair.core.errors import UserError, one_line
@@ -65,6 +65,7 @@ def build_on_ray(
     existing shards, or of workers that fit. `on_progress(rows, message)` is called a few times a second.
     Raises UserError before any work if Ray, the cluster or the existing shards do not fit.
     """
+    check_no_servers(config.models)
     shard_config(config, Shard(1, 1), shared=True)
     folder = shards_location(config.out)
     with lock_output(folder):

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from clair.cluster.shared_limits import Lease, Report, SharedLimits
 from clair.core.errors import UserError, one_line
+from clair.inference.config import ModelConfig
 
 _STORE_BYTES = 80 * 2**20  # the minimum that Ray accepts; a job stores no objects
+
+
+def check_no_servers(models: Mapping[str, ModelConfig]) -> None:
+    """Check that no model (by role) has a server of the run's own, which lives on one machine. Raises UserError."""
+    for role, model in models.items():
+        if model.serve is not None:
+            raise UserError(
+                f"{role}.serve starts a server on one machine, and --runner ray uses several; start it yourself and "
+                f"give its url and model"
+            )
 
 
 @contextmanager

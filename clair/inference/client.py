@@ -18,6 +18,7 @@ from clair.inference.endpoint_health import EndpointHealth
 from clair.inference.local import LocalModel
 from clair.inference.model import Model, RateLimited, Refused, RequestFailed, Unreachable, parse_reply
 from clair.inference.rate_limit import Limiter
+from clair.inference.servers.served_model import ServedModel
 from clair.ledger.ledger import Claim, ClaimResult, Ledger, StoredReply, Tokens, call_key
 
 _FIRST_BACKOFF = 0.5
@@ -140,8 +141,8 @@ class ModelClient:
 
     @property
     def wait_reason(self) -> str:
-        """The activity of a local model, or why an endpoint gets fewer requests than the recipe allows; else empty."""
-        if isinstance(self.model, LocalModel):
+        """The activity of a local model or a server that starts, or why an endpoint gets fewer requests; else empty."""
+        if isinstance(self.model, LocalModel) or (isinstance(self.model, ServedModel) and self.model.activity):
             return self.model.activity
         limiter = self.limiter
         message = f"the server says {self.health.message}" if self.health.message else ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from clair.core.recipe import Recipe
+from clair.core.recipe import Recipe, check_used
 from clair.core.urls import parse_endpoint, without_secrets
 from clair.inference.budget import Price
 
@@ -33,12 +34,15 @@ class BatchConfig(Recipe):
 
 
 class ModelConfig(Recipe):
-    """A model: an endpoint (`url` and `model`) or a local folder (`path`)."""
+    """A model: an endpoint (`url` and `model`), a local folder (`path`), or one that a command serves (`serve`)."""
 
     url: str | tuple[str, ...] | None = None
     """The base URL, or a list of them if several endpoints serve the same model."""
     model: str | None = None
     path: str | None = None
+    serve: str | None = None
+    """A command that serves the model as long as the run needs it: {port} is a free port, {model} is `path` or `model`.
+    """
     id: str | None = None
     """The model's identity in the ledger; choose a new one when other weights are served under the same name."""
     temperature: float | None = Field(default=None, ge=0)
@@ -65,7 +69,9 @@ class ModelConfig(Recipe):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if (self.url is None) == (self.path is None):
+        if self.serve is not None:
+            self._check_serve(self.serve)
+        elif (self.url is None) == (self.path is None):
             raise ValueError("give either url and model (an endpoint) or path (a local model folder)")
         for url in self.urls:
             if parse_endpoint(url).authorization and self.api_key_env:
@@ -90,9 +96,27 @@ class ModelConfig(Recipe):
                 ) from error
         return self
 
+    def _check_serve(self, command: str) -> None:
+        if self.url is not None:
+            raise ValueError("serve starts a server of its own and url names one that runs; leave one of them out")
+        if self.path is None and not self.model:
+            raise ValueError("serve needs path, the model that its command loads, or model, the name that it serves")
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"serve is no command ({error}); quote it as for a shell") from error
+        if not any("{port}" in word for word in words[1:]):
+            raise ValueError("serve names no {port}, the free port to listen on; add it, such as --port {port}")
+        check_used(self, False, "a model in this process", "batch_size", "batch_tokens", "trust_remote_code")
+
+    @property
+    def is_local(self) -> bool:
+        """True if the model runs in this process."""
+        return self.path is not None and self.serve is None
+
     @property
     def urls(self) -> tuple[str, ...]:
-        """All base URLs; none for a local model."""
+        """All base URLs; none for a local model, or one that the run serves."""
         return (self.url,) if isinstance(self.url, str) else self.url or ()
 
     @property
@@ -103,7 +127,7 @@ class ModelConfig(Recipe):
     def options(self, seed: int) -> dict[str, Any]:
         """The body of every request without model and messages; all of it is part of the ledger's key."""
         options: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
-        if self.path is not None:
+        if self.is_local:
             options["seed"] = seed
         if self.chat_template_kwargs:
             options["chat_template_kwargs"] = dict(self.chat_template_kwargs)
@@ -153,12 +177,12 @@ _MAY_CHANGE = {
 def content_settings(settings: Mapping[str, Any], may_change: Collection[str]) -> dict[str, Any]:
     """The keys of resolved settings that determine the result.
 
-    Excluded: `may_change`, limits and prices of models, and the URLs of models with an `id`.
+    Excluded: `may_change`, limits and prices of models, and the URLs and commands of models with an `id`.
     """
     content = {key: value for key, value in settings.items() if key not in may_change}
     for role, model in content.items():
         if isinstance(model, Mapping) and "url" in model:
-            excluded = _MAY_CHANGE | ({"url"} if model.get("id") else set())
+            excluded = _MAY_CHANGE | ({"url", "serve"} if model.get("id") else set())
             kept = {key: value for key, value in model.items() if key not in excluded}
             content[role] = {**kept, "extra": without_secrets(model.get("extra", {}))}
     return content
@@ -168,4 +192,4 @@ def redacted_model(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str,
     """The `settings` of a model as they may be stored: without secrets."""
     urls = [parse_endpoint(url).public for url in model.urls]
     url = urls if len(urls) > 1 else urls[0] if urls else None
-    return {**settings, "url": url, "extra": without_secrets(settings["extra"])}
+    return {**settings, "url": url, **without_secrets({name: settings[name] for name in ("serve", "extra")})}

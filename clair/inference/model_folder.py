@@ -13,18 +13,23 @@ from clair.core.errors import UserError, one_line
 from clair.core.files import file_sha256
 
 _CONTENT_FILES = re.compile(
-    r".*\.safetensors$|.*\.model$|(config|generation_config|adapter_config|tokenizer|special_tokens|added_tokens|"
+    r".*\.safetensors$|.*\.gguf$|.*\.model$|(config|generation_config|adapter_config|tokenizer|special_tokens|added_tokens|"
     r"chat_template|vocab|merges).*\.(json|jinja|txt)$"
 )
 
 
+def content_files(path: str | Path) -> list[Path]:
+    """The files of a model folder that determine its answers: weights, configs, tokenizer, template."""
+    return sorted(file for file in Path(path).iterdir() if _CONTENT_FILES.match(file.name))
+
+
 def weights_identity(path: str | Path) -> str:
-    """SHA-256 over the files of a model folder that determine its answers: weights, configs, tokenizer, template.
+    """SHA-256 over the files of a model folder that determine its answers, or over a single file such as a GGUF.
 
     An adapter's hash includes its base: all files of it if it is a folder, else its name.
     """
     digest = hashlib.sha256()
-    for file in sorted(file for file in Path(path).iterdir() if _CONTENT_FILES.match(file.name)):
+    for file in [Path(path)] if Path(path).is_file() else content_files(path):
         digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
     base = adapter_base(path)
     if base is not None:

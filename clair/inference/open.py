@@ -30,6 +30,8 @@ from clair.inference.model_folder import check_model_folder, check_remote_code, 
 from clair.inference.openai import OpenAIModel
 from clair.inference.pool import EndpointPool
 from clair.inference.rate_limit import Limiter, Rate
+from clair.inference.servers.command import check_server
+from clair.inference.servers.served_model import ServedModel
 from clair.ledger.ledger import Ledger
 from clair.storage.location import Location
 
@@ -72,7 +74,9 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
         expand_environment(model.extra, f"{role}.extra")
         for url in model.urls:
             expand_environment(parse_endpoint(url).query, f"{role}.url")
-        if model.path is not None:
+        if model.serve is not None:
+            check_server(role, model)
+        elif model.path is not None:
             check_model_folder(model.path, role)
             if not model.trust_remote_code:
                 check_remote_code(model.path, role)
@@ -126,8 +130,8 @@ def open_clients(
     check: asyncio.Future[None] | None = None
 
     async def check_all() -> None:
-        # Local weights last: a missing endpoint is reported in a second, not after minutes of loading.
-        for client in sorted(clients.values(), key=lambda client: isinstance(client.model, LocalModel)):
+        # Weights last: a missing endpoint is reported in a second, not after minutes of loading.
+        for client in sorted(clients.values(), key=lambda client: isinstance(client.model, LocalModel | ServedModel)):
             await client.check()
 
     async def ready() -> None:
@@ -190,14 +194,14 @@ def open_clients(
 
 def open_model(role: str, config: ModelConfig) -> Model:
     """Open the model that a recipe names; call it inside the running event loop."""
-    if config.path is not None:
+    if config.is_local:
+        assert config.path is not None
         return LocalModel(
             config.path,
             batch_size=config.batch_size,
             batch_tokens=config.batch_tokens,
             trust_remote_code=config.trust_remote_code,
         )
-    assert config.model is not None
     secrets = environment_values(config.extra)
     without_secrets(config.extra, secrets)
     options: dict[str, Any] = {
@@ -208,6 +212,9 @@ def open_model(role: str, config: ModelConfig) -> Model:
         "timeout": config.timeout,
         "role": role,
     }
+    if config.serve is not None:
+        return ServedModel(role, config, options)
+    assert config.model is not None
     endpoints = [OpenAIModel(url, config.model, **options) for url in config.urls]
     return endpoints[0] if len(endpoints) == 1 else EndpointPool(endpoints)
 

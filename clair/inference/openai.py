@@ -104,10 +104,16 @@ class OpenAIModel:
         await self._client.close()
 
     async def check(self) -> None:
-        """List the models; if this one is not listed, request a single token.
+        """Check that the server has the model. Raises Refused, and Unreachable with `starting` if it is not ready."""
+        try:
+            await self.probe()
+        except Unreachable as error:
+            if error.starting:
+                raise
+            raise Refused(f"{self.role}: cannot reach {self.url} ({error}); check the url in the recipe") from error
 
-        Raises Refused, and Unreachable with `starting` if the server is there and not ready.
-        """
+    async def probe(self) -> None:
+        """List the models; if this one is not listed, request a single token. Raises Refused or Unreachable."""
         try:
             response = await self._request("GET", "/models", None)
             names = [entry["id"] for entry in json.loads(response)["data"]]
@@ -131,12 +137,8 @@ class OpenAIModel:
             except (RequestFailed, RateLimited):
                 return  # the server knows the model: that is all that is checked
             except Unreachable as error:
-                if error.starting:
+                if error.starting or last:
                     raise
-                if last:
-                    raise Refused(
-                        f"{self.role}: cannot reach {self.url} ({error}); check the url in the recipe"
-                    ) from error
 
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
         """Return the raw JSON text of one chat completion."""

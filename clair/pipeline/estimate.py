@@ -94,7 +94,7 @@ def time_range(
     """
     if not seconds or model.batching:
         return None
-    in_flight = min(model.batch_size if model.path is not None else concurrency, max(1, calls))
+    in_flight = min(model.batch_size if model.is_local else concurrency, max(1, calls))
     limited = 60 * calls / model.requests_per_minute if model.requests_per_minute else 0.0
     slow = max(limited, calls * max(seconds) / len(seconds))
     fast = max(limited, calls * sum(seconds) / len(seconds) / in_flight)

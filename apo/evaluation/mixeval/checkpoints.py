@@ -16,7 +16,7 @@ from typing import Any
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs
 from apo.evaluation.mixeval.run import MixEvalOutcome, evaluate
 from apo.evaluation.rows import Progress
-from clair.cluster.ray_session import connected
+from clair.cluster.ray_session import check_no_servers, connected
 from clair.cluster.worker import enter_driver_environment
 from clair.core.errors import EXIT_USER_ERROR, UserError
 from clair.inference.config import ModelConfig
@@ -43,6 +43,8 @@ def evaluate_each(
         for config, inputs in work:
             yield config, evaluate(config, inputs=inputs, on_progress=on_progress)
         return
+    for config, _ in work:
+        check_no_servers({"model": config.model} if config.model else {})
     for config, inputs in _answer_on_cluster(work, address):
         join_ledgers([_answers_config(config).ledger_path], config.ledger_path, config.out.account)
         yield config, evaluate(config, inputs=inputs, on_progress=on_progress, resources=_LedgerResources())
@@ -117,7 +119,7 @@ class _LedgerResources(Resources):
 
     def model(self, role: str, config: ModelConfig) -> Model:
         """The judge itself; for a local model its name and identity in the ledger."""
-        return _LedgerModel(config.path) if config.path is not None else super().model(role, config)
+        return _LedgerModel(config.path) if config.path and config.is_local else super().model(role, config)
 
 
 class _LedgerModel:

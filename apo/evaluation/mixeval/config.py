@@ -74,6 +74,7 @@ def load_inputs(config: MixEvalConfig) -> MixEvalInputs:
     prompts = load_judge_prompts(config.data) if config.judge != "rule" else None
     answers = read_responses(config.responses, benchmark) if config.responses is not None else None
     check_models(config.models, config.budget, config.seed)
-    if config.model is not None and config.model.path is not None and config.system is not None:
+    if config.model is not None and config.model.is_local and config.system is not None:
+        assert config.model.path is not None
         check_system_prompt(config.model.path, config.system)
     return MixEvalInputs(benchmark, prompts, answers)

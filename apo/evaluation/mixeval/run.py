@@ -95,8 +95,9 @@ def _is_greedy(config: MixEvalConfig) -> bool:
     """True if decoding is greedy, so that equal questions get equal answers."""
     model = config.model
     assert model is not None
-    if model.temperature is not None or model.path is None:
+    if model.temperature is not None or not model.is_local:
         return model.temperature == 0
+    assert model.path is not None
     from apo.models.load import find_model, load_generation_config
 
     generation = load_generation_config(find_model(model.path))
