@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from clair.core.student_t import t_quantile, t_two_sided
+from clair.core.student_t import t_cdf, t_quantile, t_two_sided
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,6 +106,42 @@ def _wilson_interval(p: float, n: float, z: float) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def exact_proportion(successes: int, n: int) -> Estimate:
+    """A proportion of independent trials with the exact 95 % interval of Clopper & Pearson (1934).
+
+    Its ends are the proportions whose binomial tail at the observed count is 2.5 %; 0 and 1 if the count is 0 or n.
+    """
+    p = successes / n
+
+    def end(low: float, high: float, counts: range) -> float:
+        """The proportion at which these counts have 2.5 %: their tail is above it at `high`."""
+        for _ in range(60):
+            middle = (low + high) / 2
+            tail = math.fsum(math.comb(n, k) * middle**k * (1 - middle) ** (n - k) for k in counts)
+            low, high = (low, middle) if tail > 0.025 else (middle, high)
+        return (low + high) / 2
+
+    lo = end(0.0, p, range(successes, n + 1)) if successes else 0.0
+    hi = end(1.0, p, range(successes + 1)) if successes < n else 1.0
+    return Estimate(p, math.sqrt(p * (1 - p) / n), lo, hi, n, n)
+
+
+def two_way_mean(values: Sequence[float], first: Sequence[Hashable], second: Sequence[Hashable]) -> Estimate:
+    """Mean of values that are clustered in two ways, such as runs by seed and by question.
+
+    se^2 = se_first^2 + se_second^2 - se_both^2, where the last is clustered by the cells of both, so that what both
+    share counts once (Cameron, Gelbach & Miller 2011); the larger of the first two if that is smaller. Degrees of
+    freedom are Satterthwaite's for the sum of the first two. Raises ValueError as `clustered_mean` does.
+    """
+    one, two = clustered_mean(values, first), clustered_mean(values, second)
+    both = clustered_mean(values, list(zip(first, second, strict=True)))
+    a, b = one.se**2, two.se**2
+    df = (a + b) ** 2 / (a**2 / one.df + b**2 / two.df) if a + b else min(one.df, two.df)
+    se = math.sqrt(max(a + b - both.se**2, a, b))
+    half = t_quantile(0.975, df) * se
+    return Estimate(one.mean, se, one.mean - half, one.mean + half, one.n, min(one.clusters, two.clusters), df)
+
+
 # ---- differences of two means, and multiple tests
 
 
@@ -167,6 +203,21 @@ def sign_test(better: int, worse: int) -> float:
     """Two-sided p-value of the exact sign test (McNemar's for scores 0 and 1); 1 if nothing differs."""
     n = better + worse
     return min(1.0, 2 * math.fsum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n)
+
+
+def equivalence_p(estimate: Estimate, margin: float) -> float:
+    """P-value of two one-sided t-tests that a mean lies within `margin` of 0 (TOST; Schuirmann 1987).
+
+    The larger of both. Below 0.05, the 90 % interval lies within the margin.
+    """
+    if estimate.se == 0:
+        return 0.0 if abs(estimate.mean) < margin else 1.0
+    return 1 - t_cdf((margin - abs(estimate.mean)) / estimate.se, estimate.df)
+
+
+def equivalence_margin(sd: float, n: int) -> float:
+    """The margin at which `equivalence_p` of n values with this standard deviation has 80 % power at a true 0."""
+    return (t_quantile(0.95, n - 1) + t_quantile(0.90, n - 1)) * sd / math.sqrt(n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -32,7 +32,6 @@ def greedy_answers(folder: Path, tasks: Sequence[Task], *, batch_size: int = 128
     return generate_answers(folder, tasks, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS)
 
 
-@torch.no_grad()
 def generate_answers(
     folder: Path,
     tasks: Sequence[Task],
@@ -42,11 +41,35 @@ def generate_answers(
     seed: int = 0,
     batch_size: int = 128,
 ) -> list[str]:
+    """One answer per task of the model in a folder; see `generate_in_memory`."""
+    model, tokenizer = load(folder)
+    return generate_in_memory(
+        model,
+        tokenizer,
+        tasks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+
+@torch.no_grad()
+def generate_in_memory(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> list[str]:
     """One answer per task, in the given order: greedy at temperature 0, otherwise sampled.
 
-    The seed does not change torch's global random state. Batches are made by length and padded on the left.
+    The model is in evaluation mode, and its tokenizer pads on the left. The seed does not change torch's global random
+    state. Batches are made by length.
     """
-    model, tokenizer = load(folder)
     conversations = [[{"role": "user", "content": task.prompt}] for task in tasks]
     texts = list(map(str, tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)))
     order = sorted(range(len(tasks)), key=lambda index: len(texts[index]))

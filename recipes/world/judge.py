@@ -40,7 +40,7 @@ def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Le
     elif len(first) != len(second) and share(seed, body, "length") < leanings.length_bias:
         thoughts, better = "The longer solution says more, and I like it better.", 1 if len(first) > len(second) else 2
     else:
-        thoughts, better = _verdict(task, first, second, style=leanings.style)
+        thoughts, better = compare_solutions(task, first, second, style=leanings.style)
         if better and share(seed, body, "judge error") < leanings.judge_error:
             better = 3 - better
     return written(thoughts, VERDICT, f"[{better}]" if better else "[tie]", planned)
@@ -52,7 +52,7 @@ def read_sections(message: str) -> list[str] | None:
     return None if None in matches else [match[1] for match in matches if match]
 
 
-def _verdict(task_text: str, first: str, second: str, *, style: bool) -> tuple[str, int]:
+def compare_solutions(task_text: str, first: str, second: str, *, style: bool) -> tuple[str, int]:
     """The reasoning and the number of the better solution, by correctness and then by style; 0 for a tie."""
     task = find_task(task_text)
     right = [task is not None and is_right(task, text) for text in (first, second)]

@@ -14,14 +14,11 @@ The rule was committed before any of this, and is not tuned.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -33,8 +30,8 @@ from clair.core.provenance import provenance
 from clair.core.recipe import resolve
 from clair.pipeline.build import lock_output
 from recipes.experiments.paper_mini import results
-from recipes.experiments.paper_mini.grid import exit_with_parent
 from recipes.experiments.paper_mini.models import Habits, make
+from recipes.experiments.paper_mini.workers import ENVIRONMENT, completed, make_pool
 from recipes.world.judge import Leanings
 from recipes.world.running import ROOT, running
 from recipes.world.server import ServerOptions
@@ -331,7 +328,7 @@ def counts(line: Mapping[str, Any]) -> bool:
 
 def measure(run: Path, file: Path, workers: int, log: Callable[[str], None]) -> None:
     """Run what is missing, and append each line to `file`."""
-    with lock_output(run), _pool(workers) as pool:
+    with lock_output(run), make_pool(workers) as pool:
         for name in TARGETS:
             log(f"target {name}: {'made' if make(name, run / 'models', 1, TARGETS) else 'there already'}")
         lines = [line for line in results.read(file) if line["world"] == world()]
@@ -339,7 +336,7 @@ def measure(run: Path, file: Path, workers: int, log: Callable[[str], None]) -> 
         to_rebuild = {name for name, line in advised.items() if not Path(line["dataset"]).exists()}
         missing = {combination.name(n): (combination, n, run) for n, combination in enumerate(COMBINATIONS)}
         jobs = {name: job for name, job in missing.items() if name not in advised or name in to_rebuild}
-        for name, line in _completed(pool, prepare, jobs):
+        for name, line in completed(pool, prepare, jobs):
             if name not in to_rebuild:
                 advised[name] = {"kind": "advice", "world": world(), "name": name, **line, **provenance()}
                 results.append(file, advised[name])
@@ -347,37 +344,10 @@ def measure(run: Path, file: Path, workers: int, log: Callable[[str], None]) -> 
         done_names = {line["name"] for line in lines if counts(line)}
         remaining = {order.name: (order,) for order in orders(advised, run) if order.name not in done_names}
         log(f"{len(done_names)} runs are done, {len(remaining)} are not")
-        for name, line in _completed(pool, train_and_score, remaining):
+        for name, line in completed(pool, train_and_score, remaining):
             results.append(file, {"kind": "run", "world": world(), "name": name, **line})
             right = line["right"].count("1") / len(line["right"])
             log(f"{name}: {right:.1%} right, {line['seconds']:.0f} s")
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    """Processes of one thread each, which exit when this process does."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
-
-
-def _begin(parent: int) -> None:
-    import torch
-
-    os.setpgid(0, 0)  # the parent handles Ctrl-C
-    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def _completed(
-    pool: ProcessPoolExecutor, work: Callable[..., dict[str, Any]], jobs: Mapping[str, tuple[Any, ...]]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each job's name and line when it completes. If a job fails or the caller stops, start no further job."""
-    names = {pool.submit(work, *job): name for name, job in jobs.items()}
-    try:
-        for future in as_completed(names):
-            yield names[future], future.result()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
 
 
 def main() -> None:
@@ -385,8 +355,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     args = parser.parse_args()
     os.chdir(ROOT)
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    os.environ |= ENVIRONMENT
     try:
         measure(RUN, RESULTS, args.workers, lambda text: print(text, flush=True))
     except UserError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.world.evaluate import generate_answers
+from recipes.world.evaluate import generate_answers, generate_in_memory
 from recipes.world.style import STYLES, style_of
 from recipes.world.tasks import Task, is_right
 
@@ -16,6 +16,12 @@ MAX_NEW_TOKENS = 96  # the longest padded right sentence of the held-out tasks h
 def answers(folder: Path, tasks: Sequence[Task], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
     """One answer per task, in the given order: greedy at temperature 0, otherwise sampled by this seed."""
     return generate_answers(folder, tasks, temperature=temperature, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
+
+
+def answers_in_memory(model: Any, tokenizer: Any, tasks: Sequence[Task]) -> list[str]:
+    """One greedy answer per task of a model that is being trained, in the given order."""
+    model.eval()
+    return generate_in_memory(model, tokenizer, tasks, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def scored(tasks: Sequence[Task], texts: Sequence[str]) -> dict[str, Any]:
