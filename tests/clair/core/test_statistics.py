@@ -19,9 +19,13 @@ from clair.core.statistics import (
     clustered_mean,
     clustered_score,
     design_se,
+    equivalence_margin,
+    equivalence_p,
+    exact_proportion,
     holm,
     paired_difference,
     sign_test,
+    two_way_mean,
     variance_components,
     wilson,
 )
@@ -183,6 +187,42 @@ def test_wilson_agrees_with_statsmodels(successes, n):
     assert wilson(successes, n)[2:4] == pytest.approx(proportion_confint(successes, n, method="wilson"), abs=1e-6)
 
 
+@settings(max_examples=30)
+@given(st.integers(0, 120), st.integers(1, 120))
+@example(105, 105)
+def test_the_exact_interval_of_a_proportion_agrees_with_scipy(successes, n):
+    successes = min(successes, n)
+    expected = stats.binomtest(successes, n).proportion_ci(0.95, "exact")
+    assert exact_proportion(successes, n)[2:4] == pytest.approx(expected, abs=1e-9)
+
+
+def test_105_of_105_is_not_certain():
+    assert exact_proportion(105, 105)[2:4] == pytest.approx((0.965, 1.0), abs=5e-4)
+
+
+def test_clusters_in_two_ways_by_matrices():
+    rng = np.random.default_rng(0)
+    values = 2 * rng.normal(size=(4, 1)) + 2 * rng.normal(size=(1, 6)) + rng.normal(size=(4, 6))
+    first, second = np.divmod(np.arange(24), 6)
+    residuals = values - values.mean()
+    rows, columns = (residuals.sum(axis) ** 2 for axis in (1, 0))
+    variance = (rows.sum() * 4 / 3 + columns.sum() * 6 / 5 - (residuals**2).sum() * 24 / 23) / 24**2
+    result = two_way_mean(list(values.ravel()), list(first), list(second))
+    assert (result.mean, result.se) == pytest.approx((values.mean(), math.sqrt(variance)))
+    assert 3 < result.df < 8  # Satterthwaite's, between those of either way and their sum
+
+
+def test_two_way_intervals_hold_the_truth_where_one_way_intervals_do_not():
+    rng, hits = np.random.default_rng(1), Counter()
+    first, second = (list(side) for side in np.divmod(np.arange(8 * 20), 20))
+    for _ in range(300):
+        values = list(rng.normal(size=8)[first] + rng.normal(size=20)[second] + rng.normal(size=160))
+        for name, estimate in (("two", two_way_mean(values, first, second)), ("one", clustered_mean(values, second))):
+            hits[name] += estimate.lo <= 0 <= estimate.hi
+    assert hits["two"] > 0.92 * 300
+    assert hits["one"] < 0.85 * 300
+
+
 # ---- pairs and many
 
 
@@ -266,6 +306,30 @@ def test_holm_by_pencil():
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_agrees_with_statsmodels(p_values):
     assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1], abs=1e-12)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=3, max_size=12).filter(lambda v: np.std(v) > 1e-3), st.floats(0.05, 1))
+def test_equivalence_agrees_with_two_t_tests_of_scipy(values, margin):
+    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(values, margin, alternative="less").pvalue
+    estimate = clustered_mean(values, range(len(values)))
+    assert equivalence_p(estimate, margin) == pytest.approx(max(above, below), abs=1e-9)
+
+
+def test_equivalence_has_its_level_at_the_margin_and_about_80_percent_power_at_zero():
+    rng, n, found = np.random.default_rng(0), 10, Counter()
+    margin = equivalence_margin(1.0, n)
+    for _ in range(1000):
+        for truth in (0.0, margin):
+            estimate = clustered_mean(list(rng.normal(truth, 1.0, n)), range(n))
+            found[truth] += equivalence_p(estimate, margin) < 0.05
+    assert 0.75 * 1000 < found[0.0] < 0.9 * 1000
+    assert found[margin] < 0.07 * 1000
+
+
+def test_equal_values_are_equivalent_if_they_lie_within_the_margin():
+    assert equivalence_p(clustered_mean([0.1, 0.1], [0, 1]), 0.2) == 0.0
+    assert equivalence_p(clustered_mean([0.3, 0.3], [0, 1]), 0.2) == 1.0
 
 
 # ---- the best of several means

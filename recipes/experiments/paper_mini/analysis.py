@@ -1,0 +1,263 @@
+"""What the designs say: the nine claims as contrasts by world, their verdicts, and the tolerance of the objectives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clair.core.statistics import (
+    Estimate,
+    clustered_mean,
+    equivalence_margin,
+    equivalence_p,
+    holm,
+    paired_difference,
+)
+from recipes.experiments.paper_mini.design import (
+    OBJECTIVES,
+    Design,
+    Name,
+    Rows,
+    Run,
+    at_epoch,
+    gain,
+    is_regime,
+    select,
+)
+from recipes.experiments.paper_mini.worlds import DOSES, TEMPLATES, stratum
+
+Verdict = Literal["reproduced", "not reproduced", "equal", "not tested"]
+KEPT, SMALLEST_MARGIN, WORLDS_OF_MARGIN = 0.8, 2, 10
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, where the paper makes it, and the sign that is expected of its contrast."""
+
+    text: str
+    source: str
+    design: Name
+    contrast: str
+    above: bool = True
+    nats: bool = False
+
+
+CLAIMS = (
+    Claim("CLAIR with APO-zero makes the model better", "abstract", "D1", "APO-zero, gain"),
+    Claim("APO-zero beats SFT on the winners", "abstract", "D1", "APO-zero − SFT"),
+    Claim("APO-zero beats DPO where winners are better than the model", "from memory", "D1", "APO-zero − DPO"),
+    Claim("APO-down harms on CLAIR", "secondary source", "D1", "APO-down, gain at the shared rate", above=False),
+    Claim("Under DPO winners become less likely", "from memory", "D1", "DPO, held-out winners", False, nats=True),
+    Claim("Under APO-zero winners become more likely", "equation 7", "D1", "APO-zero, held-out winners", nats=True),
+    Claim("APO-down beats APO-zero where winners are worse than the model", "equation 8", "D2", "APO-down − APO-zero"),
+    Claim(
+        "The objective must fit the regime", "title and abstract", "D2", "(APO-zero − APO-down), strong − weak"
+    ),
+    Claim("The more irrelevant change, the less is gained", "abstract", "D3", "APO-zero's gain, a dose", above=False),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Results:
+    """All results of one design size: the worlds by name, the runs by key."""
+
+    design: Design
+    worlds: Mapping[str, Mapping[str, Any]]
+    rows: Rows
+
+    @property
+    def passed(self) -> dict[str, bool]:
+        """The worlds that were made, and if all their gates are met."""
+        return {name: all(world["gates"].values()) for name, world in self.worlds.items()}
+
+    @property
+    def tuning(self) -> list[str]:
+        """The tuning worlds whose gates are met."""
+        return [world for world in self.design.tuning if self.passed.get(world)]
+
+    def tested(self, name: Name) -> list[str]:
+        """The worlds of a design whose gates are met."""
+        return [world for world in self.design.worlds_of(name) if self.passed.get(world)]
+
+    def gains(self, name: Name, pairs: str, objective: str, selected_on: str | None = None) -> list[float] | None:
+        """The gain by world at the selected setting, that of `selected_on` if given; None if a run is missing."""
+        setting = select(self.design, selected_on or pairs, objective, self.tuning, self.rows) if self.tuning else None
+        if setting is None:
+            return None
+        return self._by_world(name, pairs, objective, setting.learning_rate, lambda row: gain(row, setting.epoch))
+
+    def at_shared_rate(self, objective: str, value: Any) -> list[float] | None:
+        """A value of D1's runs at the rate that is selected for APO-zero, by world."""
+        setting = select(self.design, "clair", "apo_zero", self.tuning, self.rows) if self.tuning else None
+        return setting and self._by_world("D1", "clair", objective, setting.learning_rate, value)
+
+    def _by_world(self, name: Name, pairs: str, objective: str, rate: float, value: Any) -> list[float] | None:
+        rows = [self.rows.get(self.design.run(w, pairs, objective, rate).key) for w in self.tested(name)]
+        return None if len(rows) < 2 or None in rows else [value(row) for row in rows if row is not None]
+
+
+# ---- contrasts by world
+
+
+def minus(left: Sequence[float] | None, right: Sequence[float] | None) -> list[float] | None:
+    """The paired differences; None if a side is missing."""
+    return None if left is None or right is None else [a - b for a, b in zip(left, right, strict=True)]
+
+
+def slopes(by_dose: Sequence[Sequence[float]]) -> list[float]:
+    """The least-squares slope over doses 0, 1, ... of each world; `by_dose` has one list of worlds for each dose."""
+    middle = (len(by_dose) - 1) / 2
+    scale = math.fsum((dose - middle) ** 2 for dose in range(len(by_dose)))
+    return [
+        math.fsum((dose - middle) * value for dose, value in enumerate(values)) / scale
+        for values in zip(*by_dose, strict=True)
+    ]
+
+
+def dose_gains(results: Results, objective: str) -> list[list[float]] | None:
+    """The gains by dose and world, all at the setting that is selected for the correction alone; None if not run."""
+    gains = [results.gains("D3", pairs, objective, selected_on="clair") for pairs in DOSES]
+    return None if None in gains else [values for values in gains if values is not None]
+
+
+def winners_change(row: Mapping[str, Any]) -> float:
+    """The change of the held-out winners' log-likelihood by a run's last checkpoint, in nats per answer."""
+    return row["checkpoints"][-1]["pairs"]["logps/chosen"] - row["checkpoints"][0]["pairs"]["logps/chosen"]
+
+
+def contrasts(results: Results) -> list[list[float] | None]:
+    """The contrast of each of `CLAIMS` by world, in its order; None if it was not tested."""
+    clair = {objective: results.gains("D1", "clair", objective) for objective in OBJECTIVES}
+    last = results.design.epochs
+    by_regime = {
+        regime: {o: results.gains("D2", regime, o) for o in OBJECTIVES}
+        if is_regime(results.design, regime, results.tuning, results.rows)
+        else dict.fromkeys(OBJECTIVES)
+        for regime in ("weak", "strong")
+    }
+    weak, strong = (minus(by_regime[r]["apo_zero"], by_regime[r]["apo_down"]) for r in ("weak", "strong"))
+    doses = dose_gains(results, "apo_zero")
+    return [
+        clair["apo_zero"],
+        minus(clair["apo_zero"], clair["sft"]),
+        minus(clair["apo_zero"], clair["dpo"]),
+        results.at_shared_rate("apo_down", lambda row: gain(row, last)),
+        results.at_shared_rate("dpo", winners_change),
+        results.at_shared_rate("apo_zero", winners_change),
+        weak and [-value for value in weak],
+        minus(strong, weak),
+        slopes(doses) if doses else None,
+    ]
+
+
+# ---- verdicts
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim with its estimate over worlds, the corrected p-value, the verdict, and a remark for the reader."""
+
+    claim: Claim
+    estimate: Estimate | None
+    p: float
+    verdict: Verdict
+    remark: str = ""
+
+
+def judge_claims(values: Sequence[Sequence[float] | None], margin: int | None) -> list[Judged]:
+    """The verdicts on the nine claims from their contrasts by world, with an equivalence margin in points.
+
+    reproduced       Holm's p is below 0.05 over all claims, and the sign is the expected one
+    equal            otherwise, if TOST at 5 % rejects a difference of the margin either way
+    not reproduced   anything else that was tested; the remark says if the opposite was shown
+    """
+    tests = [paired_difference([0.0] * len(v), v, range(len(v))) if v else None for v in values]
+    adjusted = holm([math.nan if test is None else test.p for test in tests])
+    result = []
+    for claim, test, p in zip(CLAIMS, tests, adjusted, strict=True):
+        if test is None:
+            result.append(Judged(claim, None, math.nan, "not tested"))
+            continue
+        estimate, clear = test.estimate, p < 0.05
+        expected = (estimate.mean > 0) == claim.above
+        if clear and expected:
+            result.append(Judged(claim, estimate, p, "reproduced"))
+        elif margin and not claim.nats and equivalence_p(estimate, margin / 100) < 0.05:
+            result.append(Judged(claim, estimate, p, "equal", "the opposite sign, within the margin" if clear else ""))
+        else:
+            result.append(Judged(claim, estimate, p, "not reproduced", "the opposite" if clear else "undecided"))
+    return result
+
+
+# ---- D0: tolerance, and the margin
+
+
+Cell = tuple[float, int]
+"""Rate and epoch."""
+
+
+def d0_gains(results: Results, objective: str, beta: float) -> dict[Cell, list[float]] | None:
+    """D0's gains by rate and epoch, one for each draw; None if a run is missing."""
+    design, gains = results.design, {}
+    for rate in design.rates:
+        for world in results.tested("D0"):
+            row = results.rows.get(Run(world, "clair", objective, rate, beta, design.short, 1).key)
+            if row is None:
+                return None
+            for epoch in range(1, design.short + 1):
+                gains.setdefault((rate, epoch), []).append(gain(row, epoch))
+    return gains or None
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def tolerance(gains: Mapping[Cell, Sequence[float]]) -> int:
+    """The number of settings at which the mean gain is at least `KEPT` of the best one's; 0 if no mean is above 0."""
+    means = [mean(values) for values in gains.values()]
+    return sum(value >= KEPT * max(means) for value in means) if max(means) > 0 else 0
+
+
+def margin(results: Results) -> int | None:
+    """The equivalence margin in points by D0's spread between draws; None until D0 is whole.
+
+    The spread is pooled over the cells of the last epoch in which both DPO and APO-zero keep half of their best gain.
+    """
+    design, variances = results.design, []
+    for beta in design.betas:
+        sides = [d0_gains(results, objective, beta) for objective in ("apo_zero", "dpo")]
+        zero, dpo = sides
+        if zero is None or dpo is None or len(results.tested("D0")) < 2:
+            return None
+        best = [max(mean(values) for values in side.values()) for side in (zero, dpo)]
+        for rate in design.rates:
+            cell = (rate, design.short)
+            if all(mean(side[cell]) >= top / 2 > 0 for side, top in zip((zero, dpo), best, strict=True)):
+                differences = [a - b for a, b in zip(zero[cell], dpo[cell], strict=True)]
+                variances.append(clustered_mean(differences, range(len(differences))).se ** 2 * len(differences))
+    if not variances:
+        return None
+    points = 100 * equivalence_margin(math.sqrt(mean(variances)), WORLDS_OF_MARGIN)
+    return max(SMALLEST_MARGIN, math.ceil(points - 1e-9))
+
+
+# ---- strata
+
+
+def strata_gains(results: Results, name: Name, pairs: str, objective: str) -> dict[str, float] | None:
+    """The mean gain over worlds by stratum at the selected setting; None if a run is missing."""
+    if results.gains(name, pairs, objective) is None:
+        return None
+    setting = select(results.design, pairs, objective, results.tuning, results.rows)
+    assert setting
+    values: dict[str, list[float]] = {}
+    for world in results.tested(name):
+        run = results.design.run(world, pairs, objective, setting.learning_rate)
+        row = results.rows[run.key]
+        first, last = row["checkpoints"][0]["right"], at_epoch(row, setting.epoch)["right"]
+        for template, before, after in zip(TEMPLATES, first, last, strict=True):
+            values.setdefault(stratum(template, run.seed), []).append((int(after, 16) - int(before, 16)) / 15)
+    return {name: mean(items) for name, items in sorted(values.items())}
