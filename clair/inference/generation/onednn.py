@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = _onednn(flat, weight.T).view_as(x) if needs_x else None
-        grad_weight = _onednn(x.reshape(-1, x.shape[-1]).T, flat.T).T if needs_weight else None
+        grad_weight = _onednn(flat.T, x.reshape(-1, x.shape[-1]).T) if needs_weight else None
         return grad_x, grad_weight, flat.sum(0) if needs_bias else None
 
 

@@ -79,6 +79,40 @@ def test_every_backend_runs_in_mixed_precision(backend):
     torch.testing.assert_close(results[backend], results["split"], rtol=2e-2, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("heads", "window"), [((4, 4), None), ((6, 2), None), ((6, 2), 400)])
+def test_the_flash_kernel_by_branches_is_attention_with_masks(dtype, heads, window, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    packed = packed_row([(70, 130, 300), (1, 1, 1), (20, 0, 5), (9, 6, 0), (33, 0, 0)])
+    tokens = packed.spans[-1].bounds[-1]
+
+    def draw(heads):  # as a projection gives it: heads within tokens
+        states = torch.randn(1, tokens, heads, 16, generator=generator, dtype=torch.float64).to(dtype)
+        return states.transpose(1, 2).requires_grad_()
+
+    query, key, value = draw(heads[0]), draw(heads[1]), draw(heads[1])
+    grad = torch.randn(query.shape, generator=generator, dtype=torch.float64).to(dtype)
+    results = []
+    for is_fast in (True, False):
+        if not is_fast:
+            monkeypatch.setattr(attention, "_has_flash_branches", lambda *_: False)
+        out = attention._split(query, key, value, packed, 0.3, 0.0, window, None)
+        assert ("FlashBranches" in type(out.grad_fn).__name__) is is_fast
+        results.append([out, *torch.autograd.grad(out, (query, key, value), grad)])
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("window", "softcap", "dropout"), [(360, None, 0.0), (None, 20.0, 0.0), (None, None, 0.1)])
+def test_windows_that_matter_soft_caps_and_dropout_are_computed_with_masks(window, softcap, dropout):
+    packed = packed_row([(70, 130, 300)])
+    states = torch.randn(1, 2, 500, 8, requires_grad=True)
+    assert attention._has_flash_branches(states, states, packed, 0.0, 370, None)
+    out = attention._split(states, states, states, packed, 0.3, dropout, window, softcap)
+    assert "FlashBranches" not in type(out.grad_fn).__name__
+
+
 spans = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=6)
 
 
