@@ -104,9 +104,8 @@ async def _check(
 
 async def _only_model(endpoint: OpenAIModel) -> str:
     try:
-        models = await endpoint.call(lambda client: client.models.list())
-        names = [str(entry.id) for entry in models.data or []]
-    except (RequestFailed, NotFound, RateLimited, Unreachable, AttributeError, TypeError) as error:
+        names = await endpoint.model_names()
+    except (RequestFailed, NotFound, RateLimited, Unreachable, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{endpoint.url} does not list its models ({error}); name one with --model") from error
     if len(names) != 1:
         raise UserError(f"{endpoint.url} serves {', '.join(names) or 'no model'}; name one with --model")

@@ -151,6 +151,7 @@ _THINKING_MARKS = tuple(
     )
 )
 """The opening and closing marks of hidden reasoning, by model family."""
+_ANY_THINKING_MARK = re.compile("|".join(mark.pattern for pair in _THINKING_MARKS for mark in pair), re.IGNORECASE)
 _INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060 \t\r\n\v\f\xa0"
 _HARMONY = re.compile(
     r"<\|channel\|>\s*(\w+).*?<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)", re.DOTALL
@@ -196,6 +197,8 @@ def split_thinking(text: str) -> tuple[str, str]:
         return "\n".join(text for name, text in channels if name != "final").strip(), _strip_blank_lines(answer)
     if stripped := _STRIPPED_HARMONY.fullmatch(start):
         return stripped[1].strip(), _strip_blank_lines(stripped[2])
+    if not _ANY_THINKING_MARK.search(text):
+        return "", text
     for opening, closing in _THINKING_MARKS:
         opened = opening.match(start)
         if not opened and opening.search(text):

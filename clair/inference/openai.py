@@ -1,15 +1,18 @@
-"""A model behind an OpenAI-compatible URL: one client per event loop, typed errors, no retries."""
+"""A model behind an OpenAI-compatible URL: one client per event loop, typed errors, no retries.
+
+Requests for chat completions are our own (`http/requests`); the Batch API uses the openai library.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
 import json
-import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clair.core.errors import one_line
 from clair.core.urls import (
@@ -19,7 +22,6 @@ from clair.core.urls import (
     environment_values,
     expand_environment,
     parse_endpoint,
-    public_url,
     secrets_pattern,
     without_secrets,
 )
@@ -34,6 +36,9 @@ from clair.inference.model import (
     replace_surrogates,
 )
 from clair.inference.rate_limit import Overtaken, queue_of_server
+
+if TYPE_CHECKING:
+    from clair.inference.http.requests import HttpResponse
 
 T = TypeVar("T")
 _STARTING_STATUSES = (502, 503, 504, 529)
@@ -50,10 +55,10 @@ _PARAMETER_ERROR = re.compile(
     r"(?:unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|extra)[ _-](?:\w+ )?(?:para|field|arg|key|input)",
     re.IGNORECASE,
 )
-_CONNECT_SECONDS = 15.0
 _MAX_WAIT = 86_400.0
 _MIN_SECRET_LENGTH = 8  # a shorter text occurs in ordinary words
 _ROW_KEYS = ("messages", "tools")  # content of the rows: `${NAME}` in them is text
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 class OpenAIModel:
@@ -71,11 +76,8 @@ class OpenAIModel:
         timeout: float = 600.0,
         role: str = "model",
     ) -> None:
-        from openai import AsyncOpenAI, Timeout
+        from clair.inference.http.requests import HttpClient, openai_headers, origin_of
 
-        from clair.inference.http import GuardedClient, origin_of
-
-        logging.getLogger("httpx2").addFilter(_WITHOUT_QUERIES)
         endpoint = parse_endpoint(url)
         self.name = name
         self.role = role
@@ -84,24 +86,25 @@ class OpenAIModel:
         self.timeout = timeout
         secrets = (key or "", *endpoint.secrets, *environment_values(headers or {}), *secrets)
         self._secrets = secrets_pattern(secret for secret in secrets if len(secret) >= _MIN_SECRET_LENGTH)
-        authorization = {"Authorization": endpoint.authorization} if endpoint.authorization else {}
         self._queue = queue_of_server(origin_of(endpoint.base))
         self._answered = False
-        limit = Timeout(timeout, connect=_CONNECT_SECONDS)
-        self._without_limit = Timeout(None, connect=_CONNECT_SECONDS)
-        self._client = AsyncOpenAI(
-            base_url=endpoint.base,
-            api_key=key or "none",
-            default_headers=authorization | environment_headers(headers or {}),
-            default_query=expand_environment(endpoint.query, f"the query of {self.url}"),
-            max_retries=0,
-            timeout=limit,
-            http_client=GuardedClient(endpoint.base, timeout=limit, limits=_no_limits()),
-        )
+        authorization = {"Authorization": endpoint.authorization} if endpoint.authorization else {}
+        self._base, self._key = endpoint.base, key or "none"
+        self._headers = authorization | environment_headers(headers or {})
+        self._query = expand_environment(endpoint.query, f"the query of {self.url}")
+        bearer = {"Authorization": f"Bearer {self._key}"}
+        self._http = HttpClient(self._base, [bearer, openai_headers(), self._headers], self._query)
+        self._openai: Any = None
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        await self._http.close()
+        if self._openai:
+            await self._openai.close()
+
+    async def model_names(self) -> list[str]:
+        """The names of the models that the server lists. Raises ValueError, KeyError or TypeError for another reply."""
+        return [str(entry["id"]) for entry in json.loads(await self._request("GET", "/models"))["data"] or ()]
 
     async def check(self) -> None:
         """Check that the server has the model. Raises Refused, and Unreachable with `starting` if it is not ready."""
@@ -115,8 +118,7 @@ class OpenAIModel:
     async def probe(self) -> None:
         """List the models; if this one is not listed, request a single token. Raises Refused or Unreachable."""
         try:
-            response = await self._request("GET", "/models", None)
-            names = [entry["id"] for entry in json.loads(response)["data"]]
+            names = await self.model_names()
         except (
             RequestFailed,
             RateLimited,
@@ -158,14 +160,45 @@ class OpenAIModel:
 
     async def call(self, send: Callable[[Any], Awaitable[T]]) -> T:
         """Call the openai client; its errors become ours: Refused, RequestFailed, NotFound ..."""
-        import aiohttp
         import httpx2
         import openai
 
-        from clair.inference.http import Redirected, TooLarge, without_queries
+        from clair.inference.http.openai_library import openai_client
+
+        if self._openai is None:
+            self._openai = openai_client(
+                self._base, key=self._key, headers=self._headers, query=self._query, timeout=self.timeout
+            )
+        try:
+            with self._guard_errors():
+                return await send(self._openai)
+        except openai.APIConnectionError as error:  # a timeout is one too
+            cause = error.__cause__ or error
+            timed_out = isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
+            raise self._connection_failure(cause, timed_out=timed_out) from error
+        except openai.APIStatusError as error:
+            raise self._failure(error.status_code, error.body, error.response.headers) from error
+
+    async def _send(self, method: str, path: str, content: bytes | None) -> HttpResponse:
+        """The response of status 2xx to one request. Raises our errors, as `call` does."""
+        import aiohttp
 
         try:
-            return await send(self._client)
+            with self._guard_errors():
+                response = await self._http.request(method, path, content)
+        except aiohttp.ClientError as error:
+            raise self._connection_failure(error) from error
+        if not 200 <= response.status < 300:
+            raise self._failure(response.status, response.error(), response.headers)
+        return response
+
+    @contextmanager
+    def _guard_errors(self) -> Iterator[None]:
+        """Turn a redirect to another server and a reply that is too large into our errors."""
+        from clair.inference.http.requests import Redirected, TooLarge
+
+        try:
+            yield
         except Redirected as error:
             raise CrossServerRedirect(
                 f"{self.role}: {self.url} {error}; headers and prompts were not sent there: if that is right, put its "
@@ -174,15 +207,18 @@ class OpenAIModel:
         except TooLarge as error:
             beginning = self.redacted(error.beginning.decode("utf-8", "replace"))
             raise RequestFailed("malformed_reply", str(error), beginning) from error
-        except openai.APIConnectionError as error:  # a timeout is one too
-            cause = error.__cause__ or error
-            unconnected = _caused_by(error, aiohttp.ConnectionTimeoutError)
-            timed_out = unconnected or isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
-            message = "timeout" if timed_out else replace_surrogates(self.redacted(without_queries(str(cause)))[:200])
-            never_sent = unconnected or _caused_by(error, aiohttp.ClientConnectorError)
-            raise Unreachable(message, billed=not never_sent, busy=timed_out) from error
-        except openai.APIStatusError as error:
-            raise self._failure(error.status_code, error.body, error.response.headers) from error
+
+    def _connection_failure(self, error: BaseException, *, timed_out: bool = False) -> Unreachable:
+        """The error for a connection that was not made or broke. `timed_out`: the server took too long to answer."""
+        import aiohttp
+
+        from clair.inference.http.requests import without_queries
+
+        unconnected = _caused_by(error, aiohttp.ConnectionTimeoutError)
+        timed_out = timed_out or unconnected
+        message = replace_surrogates(self.redacted(one_line(without_queries(str(error)), 200)))
+        never_sent = unconnected or _caused_by(error, aiohttp.ClientConnectorError)
+        return Unreachable("timeout" if timed_out else message, billed=not never_sent, busy=timed_out)
 
     def _failure(self, status: int, body: Any, headers: Mapping[str, str]) -> Exception:
         """The error that a server's error response means. `body` is its `error` object, or else the whole response."""
@@ -210,26 +246,16 @@ class OpenAIModel:
         moderated = filtered or (not is_parameter_error and bool(_MODERATED.search(raw)))
         return RequestFailed(f"http_{status}", message, moderated=moderated)
 
-    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> str:
-        import httpx2
-
-        from clair.inference.http import without_queries
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> str:
+        from clair.inference.http.requests import without_queries
 
         # Headers belong to all requests of the endpoint, and are set in the client.
         sent_body = None if body is None else self.body(body)
-
-        async def send(client: Any) -> Any:
-            options = {
-                "timeout": self._without_limit
-            }  # the time limit is ours: the client's would begin anew with each read
-            if method == "GET":
-                return await client.get(path, cast_to=httpx2.Response, options=options)
-            return await client.post(path, cast_to=httpx2.Response, body=sent_body, options=options)
-
         sent = asyncio.get_running_loop().time()
         try:
             async with self._queue.time_limit(self.timeout):
-                response = await self.call(send)
+                content = None if sent_body is None else _JSON.encode(sent_body).encode()
+                response = await self._send(method, path, content)
         except ContentFiltered:
             return completion_json("", "content_filter", self.name, 0, 0)
         except TimeoutError as error:
@@ -311,22 +337,10 @@ def _error_text(body: Any, redacted: Callable[[str], str]) -> str:
 
 
 def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:
-    """True if an aiohttp error of this kind caused `error`; httpx2 calls a reset connection a connect timeout too."""
+    """True if `error` is an aiohttp error of this kind or has it as a cause."""
     while error is not None and not isinstance(error, kind):
         error = error.__cause__
     return error is not None
-
-
-class _WithoutQueries(logging.Filter):
-    """Remove queries from the URLs that httpx2 logs: a query may hold a secret."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(public_url(str(a)) if type(a).__name__ == "URL" else a for a in record.args)
-        return True
-
-
-_WITHOUT_QUERIES = _WithoutQueries()
 
 
 class NotFound(Exception):
@@ -358,13 +372,3 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(0.0, seconds), _MAX_WAIT)
-
-
-def _no_limits() -> Any:
-    """No limit on connections: the limiter decides their number, and a second limit would hide its effect.
-
-    For aiohttp, 0 means no limit and None the default of 100.
-    """
-    import httpx2
-
-    return httpx2.Limits(max_connections=0, max_keepalive_connections=None)

@@ -8,6 +8,7 @@ name, which is worth a second call, because a wrong winner costs more.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from clair.data.records import Judgement, Revision, incomplete_reason, trimmed, written_like
 from clair.prompting.labels import (
@@ -119,17 +120,23 @@ def check_no_template_words(kind: str, section: str, answer: str, template: str)
     Those that are in the revised answer too are allowed.
     """
     section_words, answer_words = _normalize_words(section), _normalize_words(answer)
-    sentences = re.split(r"(?<=[.:!?])\s+|\n|\{\{.*?\}\}", template)
-    examples = [line for example in _EXAMPLE.findall(template) for line in example]
-    phrases = {phrase for phrase in map(_normalize_words, sentences) if phrase.count(" ") >= 4}
-    phrases |= {phrase for phrase in map(_normalize_words, examples) if phrase}
     if _PLACEHOLDER.fullmatch(section) and section not in answer:
         raise ParseFailure("template_words", IDENTIFIERS[kind])
-    tags = set(re.findall(r"^</?\w+>$", template, re.MULTILINE))
+    phrases, tags = _template_words(template)
     if any(tag in section and tag not in answer for tag in tags) or any(
         f" {phrase} " in f" {section_words} " and phrase not in answer_words for phrase in phrases
     ):
         raise ParseFailure("template_words", IDENTIFIERS[kind])
+
+
+@lru_cache(maxsize=16)
+def _template_words(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The phrases of a template (its sentences of five words and more, its examples of edits), and its tags."""
+    sentences = re.split(r"(?<=[.:!?])\s+|\n|\{\{.*?\}\}", template)
+    examples = [line for example in _EXAMPLE.findall(template) for line in example]
+    phrases = {phrase for phrase in map(_normalize_words, sentences) if phrase.count(" ") >= 4}
+    phrases |= {phrase for phrase in map(_normalize_words, examples) if phrase}
+    return frozenset(phrases), frozenset(re.findall(r"^</?\w+>$", template, re.MULTILINE))
 
 
 _PLACEHOLDER = re.compile(

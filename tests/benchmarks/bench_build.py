@@ -1,60 +1,158 @@
-"""What `clair build` costs by itself: pairs a second against a reviser that answers at once, at concurrency 64.
+"""What `clair build` costs by itself: the command against a server that answers at once, on the same cores.
 
-The reviser is the embedded world's server, in a process of its own, on the same cores. Prompts carry ready answers, so
-that a pair is one request, one reply on disk, one parse, the filters, the contrast and a row of Parquet.
+    ROWS=100000 python tests/benchmarks/run.py build
+
+A row is one request over HTTP, one reply on disk, one parse, the filters, the contrast and a row of Parquet; its prompt
+carries a ready answer. Processor time is that of the command, its start included, and of the server by itself. A second
+run finds all replies in the ledger. Then a tenth of the rows are built under a sampling profiler, which looks every
+2 ms of processor time where the main thread is, to say which part has which share.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROWS, ROUNDS, CONCURRENCY = 1500, 3, 64
+ROOT = Path(__file__).parents[2]
+ROWS, CONCURRENCY = int(os.environ.get("ROWS", "10000")), 64
+_SAMPLE_SECONDS = 0.002
+_CAUSES = {  # the innermost frame in one of these files decides; core and libraries count for their caller
+    "HTTP": ("/aiohttp/", "/clair/inference/http/"),
+    "request: body, time limit, errors, reply": ("/clair/inference/openai.py", "/clair/inference/model.py"),
+    "limits, budget, retries": ("/clair/inference/",),
+    "ledger": ("/clair/ledger/",),
+    "prompts: template, parsing": ("/clair/prompting/",),
+    "prompt file, contrast, dataset files": ("/clair/data/",),
+    "pipeline, filters": ("/clair/pipeline/",),
+    "progress": ("/clair/terminal.py", "/clair/core/progress.py"),
+    "event loop": ("/asyncio/",),
+}
 
 
 def measure() -> dict[str, Any]:
-    """Pairs a second of each round, and a second run of the last that finds all replies in the ledger."""
-    from clair.pipeline.build import build
-    from clair.pipeline.config import BuildConfig
-    from recipes.world.running import running
-    from recipes.world.tasks import distinct_tasks
+    """The command's seconds, processor milliseconds a row and share by cause; a second run from the ledger."""
+    sys.path.insert(0, str(ROOT))
+    from recipes.world.running import running_module
 
-    with tempfile.TemporaryDirectory() as folder, running() as server:
-        prompts = Path(folder) / "prompts.jsonl"
-        tasks = distinct_tasks("train", ROWS, 0)
-        prompts.write_text("".join(json.dumps({"prompt": t.prompt, "answer": t.wrong}) + "\n" for t in tasks), "utf-8")
-
-        def pairs_per_second(round: int) -> float:
-            config = BuildConfig.model_validate(
-                {
-                    "pipeline": "revised",
-                    "prompts": {"path": str(prompts)},
-                    "reviser": {"url": server.url, "model": "world-reviser"},
-                    "concurrency": CONCURRENCY,
-                    "out": f"{folder}/{round}",
-                }
-            )
-            start = time.perf_counter()
-            built = build(config)
-            took = time.perf_counter() - start
-            assert built.manifest["counts"]["pairs"] == ROWS, built.manifest["drop_reasons"]
-            return round_(ROWS / took)
-
-        rounds = [pairs_per_second(round) for round in range(ROUNDS)]
-        again = pairs_per_second(ROUNDS - 1)
+    with tempfile.TemporaryDirectory() as folder, running_module("tests.benchmarks.bench_build", ["serve"]) as server:
+        whole, part = (_write(Path(folder) / str(rows), rows, server.url) for rows in (ROWS, ROWS // 10))
+        before = _processor_seconds(server.pid)
+        built = _command(whole, ROWS)
+        built["server_cpu_ms_per_row"] = round(1000 * (_processor_seconds(server.pid) - before) / ROWS, 3)
+        again = _command(whole, ROWS)
+        shares = _command(part, ROWS // 10, "profile")["shares"]
     return {
         "rows": ROWS,
         "concurrency": CONCURRENCY,
-        "pairs_per_second": rounds,
-        "pairs_per_second_from_ledger": again,
+        "load_average": round(os.getloadavg()[0], 1),
+        "over_http": built,
+        "from_ledger": again,
+        "shares": shares,
         "python": sys.version.split()[0],
     }
 
 
-def round_(value: float) -> float:
-    """One decimal is what repeats."""
-    return round(value, 1)
+def _write(folder: Path, rows: int, url: str) -> Path:
+    """The prompts and the recipe in a new folder."""
+    folder.mkdir()
+    with open(folder / "prompts.jsonl", "w", encoding="utf-8") as file:
+        for i in range(rows):
+            file.write(json.dumps({"prompt": f"question {i} " * 8, "answer": f"a bad answer to {i} " * 10}) + "\n")
+    recipe = {
+        "pipeline": "revised",
+        "prompts": {"path": str(folder / "prompts.jsonl")},
+        "reviser": {"url": url, "model": "m", "temperature": 0.7},
+        "concurrency": CONCURRENCY,
+        "out": str(folder / "out"),
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), "utf-8")
+    return folder / "recipe.yaml"
+
+
+def _command(recipe: Path, rows: int, *options: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.bench_build", "build", str(recipe), *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = time.perf_counter() - started
+    manifest = json.loads((recipe.parent / "out/manifest.json").read_text("utf-8"))
+    assert manifest["counts"]["pairs"] == rows, manifest["drop_reasons"]
+    measured = json.loads(process.stdout.splitlines()[-1])
+    cpu = measured.pop("cpu_seconds")
+    return {
+        "seconds": round(seconds, 1),
+        "rows_per_second": round(rows / seconds),
+        "cpu_ms_per_row": round(1000 * cpu / rows, 3),
+        "rows_per_cpu_second": round(rows / cpu),
+        **measured,
+    }
+
+
+def _processor_seconds(pid: int) -> float:
+    """The processor time of a running process, from the system's table of processes."""
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _build(recipe: str, profile: str | None = None) -> None:
+    """The command `clair build` in this process, and what it used."""
+    samples: Counter[str] = Counter()
+    if profile:
+        signal.signal(signal.SIGPROF, lambda _, frame: samples.update([_cause(frame)]))
+        signal.setitimer(signal.ITIMER_PROF, _SAMPLE_SECONDS, _SAMPLE_SECONDS)
+    from clair.cli import app
+
+    app(["build", recipe], standalone_mode=False)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    measured: dict[str, Any] = {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_mb": round(used.ru_maxrss / 1024)}
+    if profile:
+        measured["shares"] = {cause: round(n / samples.total(), 3) for cause, n in samples.most_common()}
+    print(json.dumps(measured))
+
+
+def _cause(frame: Any) -> str:
+    """The part of the program that a frame works for."""
+    innermost = "start and end"
+    while frame is not None:
+        file = frame.f_code.co_filename
+        cause = next((cause for cause, names in _CAUSES.items() if any(name in file for name in names)), None)
+        if cause not in (None, "event loop"):
+            return cause
+        innermost = cause or innermost
+        frame = frame.f_back
+    return innermost
+
+
+def _serve() -> None:
+    from aiohttp import web
+
+    from recipes.world.server import run_server
+    from tests.clair.scripted_server import revision_reply
+
+    async def chat(request: web.Request) -> web.Response:
+        return revision_reply((await request.json())["messages"][-1]["content"])
+
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m"}]})
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models)])
+    run_server(app, 0, 3600)
+
+
+if __name__ == "__main__":
+    _serve() if sys.argv[1] == "serve" else _build(*sys.argv[2:])

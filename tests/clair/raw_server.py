@@ -34,11 +34,14 @@ def writes(*chunks: bytes) -> Answer:
 
 @asynccontextmanager
 async def serving(
-    *answers: Answer, path: list[str] | None = None, bodies: list[bytes] | None = None
+    *answers: Answer,
+    path: list[str] | None = None,
+    bodies: list[bytes] | None = None,
+    heads: list[str] | None = None,
 ) -> AsyncIterator[str]:
     """The base URL of a server that gives the answers in turn, the last of them for ever, a connection each.
 
-    `path` and `bodies`: where the first line and the body of each request are put.
+    `path`, `bodies` and `heads`: where the first line, the body and the whole head of each request are put.
     """
     left, running = list(answers), set()
 
@@ -50,6 +53,8 @@ async def serving(
             body = await reader.readexactly(int(length[1]) if length else 0)
             if path is not None:
                 path.append(head.split("\r\n")[0])
+            if heads is not None:
+                heads.append(head)
             if bodies is not None:
                 bodies.append(body)
             await (left.pop(0) if len(left) > 1 else left[0])(writer)

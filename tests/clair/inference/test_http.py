@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from clair.inference import http as wire
+from clair.inference.http import requests as wire
 from clair.inference.model import RateLimited, Refused, RequestFailed, Unreachable
 from clair.inference.rate_limit import ServerQueue
 from tests.clair.raw_server import GOOD, Answer, http, model_at, serving, writes
@@ -39,6 +39,7 @@ GARBLED = {
     "a broken chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
     "half an answer": http(GOOD[:20], length=len(GOOD)),
     "nothing": b"",
+    "a redirect to no address": http(b"", "Location: http://127.0.0.1:99999999/", status="307 X"),
     "an encoding that it is not in": http(GOOD, "Content-Encoding: gzip"),
 }
 
@@ -126,7 +127,7 @@ def test_an_unexpected_exception_is_a_failure_too(monkeypatch):
     async def odd(*_: Any) -> None:
         raise ZeroDivisionError("at http://me:word@h/v1/chat?api-key=sk-secret-1 in the parser")
 
-    monkeypatch.setattr(wire.GuardedTransport, "handle_async_request", odd)
+    monkeypatch.setattr(wire.HttpClient, "request", odd)
     with pytest.raises(Unreachable, match="ZeroDivisionError: at http://h/v1/chat in the parser"):
         asyncio.run(ask(writes(http(GOOD))))
 

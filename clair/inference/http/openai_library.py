@@ -1,39 +1,53 @@
-"""The HTTP client below the openai client: it limits the size of a reply and follows no redirect to another server.
+"""The openai client, which the Batch API uses: replies of limited size, and no redirect to another server.
 
-It is imported when the first endpoint is opened, because httpx2 and openai are slow to import.
+It is imported when a batch is sent, because httpx2 and openai are slow to import.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx2
-from openai import DefaultAioHttpClient
+from openai import AsyncOpenAI, DefaultAioHttpClient
 
-from clair.core.errors import one_line
+from clair.core.urls import public_url
+from clair.inference.http import requests
+from clair.inference.http.requests import CONNECT_SECONDS, Redirected, TooLarge, invalid_http, origin_of
 
-MAX_REPLY_BYTES = 32 * 2**20
-"""The maximal size of a reply. One with the log-probs of 20 tokens for each of 16,000 has about this size."""
 _GET_REDIRECTS = (301, 302, 303)
 """Redirects after which the openai client would send GET without the prompt; 307 keeps method and body."""
-_IN_URL = re.compile(r"(https?://)(?:[^\s/@'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\")]*)?")
 
 
-class TooLarge(Exception):
-    """A reply of more than MAX_REPLY_BYTES; `beginning` is its first chunk."""
+def openai_client(
+    base: str, *, key: str, headers: Mapping[str, str], query: Mapping[str, str], timeout: float
+) -> AsyncOpenAI:
+    """An openai client without retries; `headers` and `query` are sent with every request."""
+    logging.getLogger("httpx2").addFilter(_WITHOUT_QUERIES)
+    limit = httpx2.Timeout(timeout, connect=CONNECT_SECONDS)
+    limits = httpx2.Limits(max_connections=0, max_keepalive_connections=None)  # for aiohttp, 0 means no limit
+    return AsyncOpenAI(
+        base_url=base,
+        api_key=key,
+        default_headers=headers,
+        default_query=query,
+        max_retries=0,
+        timeout=limit,
+        http_client=GuardedClient(base, timeout=limit, limits=limits),
+    )
 
-    def __init__(self, beginning: bytes) -> None:
-        super().__init__(f"the reply is larger than {MAX_REPLY_BYTES // 2**20} MB")
-        self.beginning = beginning
+
+class _WithoutQueries(logging.Filter):
+    """Remove queries from the URLs that httpx2 logs: a query may hold a secret."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(public_url(str(a)) if type(a).__name__ == "URL" else a for a in record.args)
+        return True
 
 
-class Redirected(Exception):
-    """A redirect to another server, which would receive headers and prompts."""
-
-    def __init__(self, origin: str) -> None:
-        super().__init__(f"redirects to {origin}, which is another server")
+_WITHOUT_QUERIES = _WithoutQueries()
 
 
 class GuardedClient(DefaultAioHttpClient):
@@ -62,7 +76,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request. Raises Redirected, or an httpx2.RequestError; reading the response may raise TooLarge."""
-        origin = origin_of(request.url)
+        origin = origin_of(str(request.url))
         if origin != self._origin:  # a redirect: the openai client itself requests no other server
             raise Redirected(origin)
         try:
@@ -70,7 +84,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
         except httpx2.RequestError:
             raise
         except Exception as error:  # aiohttp raises many kinds for an invalid HTTP response
-            raise httpx2.RemoteProtocolError(_invalid_http(error)) from error
+            raise httpx2.RemoteProtocolError(invalid_http(error)) from error
         if "/files/" in request.url.path:
             return response
         status = response.status_code
@@ -96,30 +110,14 @@ class _LimitedStream(httpx2.AsyncByteStream):
         try:
             async for chunk in self._response.aiter_bytes():
                 size, beginning = size + len(chunk), beginning or chunk[:2000]
-                if size > MAX_REPLY_BYTES:
+                if size > requests.MAX_REPLY_BYTES:
                     raise TooLarge(beginning)
                 yield chunk
         except (httpx2.RequestError, TooLarge):
             raise
         except Exception as error:
-            raise httpx2.RemoteProtocolError(_invalid_http(error)) from error
+            raise httpx2.RemoteProtocolError(invalid_http(error)) from error
 
     async def aclose(self) -> None:
         """Close the connection."""
         await self._response.aclose()
-
-
-def _invalid_http(error: Exception) -> str:
-    return f"no HTTP answer: {one_line(getattr(error, 'message', '') or f'{type(error).__name__} {error}', 150)}"
-
-
-def origin_of(address: str | httpx2.URL) -> str:
-    """Scheme, host and port."""
-    url = httpx2.URL(address)
-    port = url.port or {"https": 443, "http": 80}.get(url.scheme)
-    return f"{url.scheme}://{url.host}:{port}"
-
-
-def without_queries(text: str) -> str:
-    """The text with its URLs cut to their public part: a query or a user name may be secret."""
-    return _IN_URL.sub(r"\1\2", text)
