@@ -347,8 +347,10 @@ def test_the_best_checkpoint_on_validation_is_chosen_and_of_equal_ones_the_lower
     low, high = PRIMARY.rates
 
     def train(self: Experiment, cell: object, rate: float) -> Path:
-        for step in (9, 18):
-            (tmp_path / f"{rate:g}" / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+        for step in (9, 12, 18):  # the one of step 12 is that of a run which was stopped
+            checkpoint = tmp_path / f"{rate:g}" / f"checkpoint-{step}"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "trainer_state.json").write_text(json.dumps({"epoch": step / 9}))
         return tmp_path / f"{rate:g}"
 
     scores = {(low, 1): 0.2, (low, 2): 0.3, (high, 1): 0.3, (high, 2): 0.1}

@@ -165,16 +165,14 @@ class Experiment:
         return read_json(self.evaluate(name, model, self.prompts.of("validation"), out) / "score.json")["prompt_loose"]
 
     def choose(self, cell: Cell) -> Path:
-        """Train a cell at each of its rates, and choose among all checkpoints. Returns the model's folder.
+        """Train a cell at each of its rates, and choose among its epochs. Returns the model's folder.
 
         The best on the validation prompts is chosen; of equal ones that with the lower rate, then with fewer epochs.
         """
-        from apo.run_dir.checkpoints import checkpoints
-
         candidates = []
         for rate in cell.rates[: self.size.rates]:
             run = self.train(cell, rate)
-            for epoch, folder in enumerate(checkpoints(run), 1):
+            for epoch, folder in epoch_checkpoints(run):
                 score = self.validate(f"{cell.name}/{rate:g}/{epoch}", folder)
                 candidates.append({"rate": rate, "epochs": epoch, "validation": score, "model": str(folder)})
         best = max(candidates, key=lambda candidate: candidate["validation"])
@@ -225,6 +223,14 @@ class Experiment:
                 self.prove(cell.name, model)
                 self.guard(cell.name, model)
         self.compare(cells)
+
+
+def epoch_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """The checkpoints at the end of an epoch, with its number: a run that was stopped holds others too."""
+    from apo.run_dir.checkpoints import checkpoints
+
+    epochs = [(read_json(folder / "trainer_state.json")["epoch"], folder) for folder in checkpoints(run)]
+    return [(round(epoch), folder) for epoch, folder in epochs if epoch == round(epoch)]
 
 
 def check_inputs(model: Path, data: Path) -> None:
