@@ -2,7 +2,7 @@
 # what running needs, the others what developing needs as well.
 #
 #   make quickstart   the main job on the embedded world: prompts, pairs, training, accuracy before and after
-#   make paper-mini   the paper's grid in small, going on from where it was stopped; SMALL=1 for a quick look
+#   make paper-mini   the paper's claims on tiny worlds, going on from where it was stopped; SMALL=1 for a quick look
 #   make real         a real model trained and measured on IFEval, going on from where it was stopped; SMALL=1 for a look;
 #                     make real-model makes its model's folder first
 #   make test         the tests, without the slow ones        make test-all   all of them
@@ -67,10 +67,9 @@ quickstart: $(RUNNING)
 	@$(BIN)/python -m recipes.world.quickstart
 
 paper-mini: $(RUNNING)
-	@$(BIN)/python -m recipes.experiments.paper_mini.models
-	@$(BIN)/python -m recipes.experiments.paper_mini.data $(if $(SMALL),--small)
-	@$(BIN)/python -m recipes.experiments.paper_mini.grid $(if $(SMALL),--small)
-	@$(BIN)/python -m recipes.experiments.paper_mini.table $(if $(SMALL),--small,--write)
+	@$(BIN)/python -m recipes.experiments.paper_mini.run $(if $(SMALL),--small)
+	$(if $(SMALL),,@$(BIN)/python -m recipes.experiments.paper_mini.run --collect)
+	@$(BIN)/python -m recipes.experiments.paper_mini.story $(if $(SMALL),--small,--write)
 
 # Of the targets, this one alone asks a hub, unless NO_HUB=1; the packages of the extra `real` are for it and for `real`.
 real-model: export HF_HUB_OFFLINE := $(or $(NO_HUB),0)

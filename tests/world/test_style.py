@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from recipes.experiments.paper_mini.models import MODELS, SPREAD, answered
+from recipes.experiments.advice.measure import TARGETS
+from recipes.experiments.paper_mini.models import SPREAD, answered
 from recipes.world.judge import Leanings, judge
 from recipes.world.reviser import Misbehaviour, corrected, plan, read_request, revise
 from recipes.world.style import PREFIXES, STYLES, SUFFIXES, add_style, improve_style, remove_style, style_of
@@ -77,9 +78,9 @@ def test_errors_and_biases_come_at_their_rates():
     assert verdicts(right, wrong, Leanings(length_bias=1.0)) == {"2": 200}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_a_model_is_taught_the_mix_that_its_habits_say(name):
-    habits, wordings, right, counts = MODELS[name], Counter(), Counter(), Counter()
+    habits, wordings, right, counts = TARGETS[name], Counter(), Counter(), Counter()
     source = answered(habits)
     for _ in range(1500):
         task, text = next(source)

@@ -216,7 +216,8 @@ weaker model, with random or exchanged labels, or small. Reviser and judge have 
 [rule](objectives.md#choose-an-objective) was committed before, and has not been changed since. The models' own answers
 were sampled at temperature 1; today `apo advise` uses 0.3. Each set was trained on with three objectives and
 {len(SEEDS)} seeds for {EPOCHS} epochs, at the advised beta, and evaluated on {QUESTIONS} held-out tasks. The learning
-rates are {rates}: for each objective, the median of the rates that the [mini grid](paper.md) tuned. {_first(lines)}
+rates are {rates}: for each objective, the median of the rates that the
+[first grid](paper_first_grid.md) tuned. {_first(lines)}
 
 {_missing(items, runs)} `python -m recipes.experiments.advice.measure` makes the results,
 `python -m recipes.experiments.advice.table --write` makes this page from them.

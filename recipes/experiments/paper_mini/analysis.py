@@ -218,7 +218,7 @@ def mean(values: Sequence[float]) -> float:
 def tolerance(gains: Mapping[Cell, Sequence[float]]) -> int:
     """The number of settings at which the mean gain is at least `KEPT` of the best one's; 0 if no mean is above 0."""
     means = [mean(values) for values in gains.values()]
-    return sum(value >= KEPT * max(means) for value in means) if max(means) > 0 else 0
+    return sum(value >= KEPT * max(means) - 1e-9 for value in means) if max(means) > 0 else 0
 
 
 def margin(results: Results) -> int | None:

@@ -94,7 +94,7 @@ class Design:
 FULL = Design()
 SMALL = Design(
     draws=2, rates=(5e-5,), betas=(0.1,), short=2, shared_rates=(5e-5,), worlds=2, regime_worlds=2, tuning_worlds=2,
-    epochs=4, every=2, dose_objectives=("apo_zero",),
+    epochs=2, every=1, dose_objectives=("apo_zero",),
 )  # fmt: skip
 """A quick look at every step of the designs; it decides nothing."""
 

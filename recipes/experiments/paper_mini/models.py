@@ -1,16 +1,12 @@
-"""Makes the four models of the mini world from the quickstart's: same network, other habits.
-
-    python -m recipes.experiments.paper_mini.models --out runs/mini/models        # a few minutes on two quiet cores
+"""Makes tiny models from the quickstart's: same network, other habits.
 
 The quickstart's model can answer right and by the wrong rule and does either by a fair coin. Trained on for a little
 while on answers of a certain mix, it becomes a model that is right in some skills more often than in others and words
-its answers in some way: a weak target, a stronger model, and two others of differing quality. A folder that was made by
-the same script is not made again.
+its answers in some way. A folder that was made by the same script is not made again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -49,12 +45,6 @@ class Habits:
         return self.right + SPREAD[skill] * room
 
 
-MODELS: Mapping[str, Habits] = {
-    "target": Habits(right=0.50, wording=(0.15, 0.50, 0.35), steps=240, seed=1),
-    "stronger": Habits(right=0.97, wording=(0.80, 0.15, 0.05), steps=400, seed=2),
-    "wordy": Habits(right=0.80, wording=(0.10, 0.20, 0.70), steps=300, seed=3),
-    "terse": Habits(right=0.35, wording=(0.05, 0.90, 0.05), steps=240, seed=4),
-}
 PEAK, BATCH = 5e-4, 64
 
 
@@ -66,7 +56,7 @@ def answered(habits: Habits) -> Iterator[tuple[Task, str]]:
         yield task, add_style(sentence, coin.choices(STYLES, habits.wording)[0], coin)
 
 
-def make(name: str, out: Path, threads: int, models: Mapping[str, Habits] = MODELS) -> bool:
+def make(name: str, out: Path, threads: int, models: Mapping[str, Habits]) -> bool:
     """Make one of the models in `out`/NAME, atomically. Returns False if it exists already."""
     habits, folder = models[name], out / name
     record = {
@@ -119,18 +109,3 @@ def _weights(folder: Path) -> list[str]:
     import hashlib
 
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the mini world's four models.")
-    parser.add_argument("--out", type=Path, default=Path("runs/mini/models"))
-    parser.add_argument("--only", choices=list(MODELS))
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in [args.only] if args.only else MODELS:
-        print(f"{name}: {'made' if make(name, args.out, args.threads) else 'there already'}")
-
-
-if __name__ == "__main__":
-    main()

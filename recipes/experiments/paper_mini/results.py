@@ -1,8 +1,4 @@
-"""The file of results: one JSON line for a world and for each finished run, appended atomically and flushed to disk.
-
-world   the common settings of the runs of this id: the questions, the target model's answers, the four data sets
-run     one training run: its settings, and the answers and the metrics of pairs at each of its checkpoints
-"""
+"""The file of results: one JSON line for each finished thing, appended atomically and flushed to disk."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from typing import Any
 
 from clair.core.errors import UserError
 
-COMMITTED = Path("recipes/experiments/paper_mini/results/runs.jsonl")
+COMMITTED = Path("recipes/experiments/paper_mini/results/evidence.jsonl")
 
 
 def append(file: Path, line: Mapping[str, Any]) -> None:
@@ -36,20 +32,5 @@ def read(file: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except ValueError:
-            raise UserError(
-                f"{file}: line {number} is damaged; delete that line, and the grid repeats its run"
-            ) from None
+            raise UserError(f"{file}: line {number} is damaged; delete that line, and its run is repeated") from None
     return lines
-
-
-def world_of(lines: list[dict[str, Any]], file: Path) -> dict[str, Any]:
-    """The newest world. Raises UserError if there is none."""
-    worlds = [line for line in lines if line["kind"] == "world"]
-    if not worlds:
-        raise UserError(f"{file} holds no results; make them with: python -m recipes.experiments.paper_mini.grid")
-    return worlds[-1]
-
-
-def runs_of(lines: list[dict[str, Any]], world: str) -> dict[str, dict[str, Any]]:
-    """The runs of one world by their key."""
-    return {line["key"]: line for line in lines if line["kind"] == "run" and line["world"] == world}

@@ -1,7 +1,7 @@
 """Run the missing runs of the designs D0 to D3, and keep each result as one line.
 
     python -m recipes.experiments.paper_mini.run D0 [D1 ...] [--workers N]    # continue where it was stopped
-    python -m recipes.experiments.paper_mini.run --small                      # all four, tiny, into runs/evidence-small
+    python -m recipes.experiments.paper_mini.run --small                      # all, tiny, into runs/evidence-small
     python -m recipes.experiments.paper_mini.run --collect                    # add the results to the committed file
 
 A worker is a process with one thread. The results are lines of RUN/results.jsonl: one for each world, with its gates,
@@ -174,7 +174,8 @@ def run_designs(
             return {**line, **origin}
 
         for name in names:
-            _make_worlds(pool, worlds_needed(name, design), folder, passed, record, log)
+            unknown = [world for world in worlds_needed(name, design) if world not in passed]
+            _make_worlds(pool, unknown, folder, passed, record, log)
             _run_due(pool, name, design, folder, passed, rows, record, log)
 
 
@@ -185,9 +186,8 @@ Record = Callable[[dict[str, Any]], dict[str, Any]]
 def _make_worlds(
     pool: Any, worlds: Sequence[str], folder: Path, passed: dict[str, bool], record: Record, log: Callable[[str], None]
 ) -> None:
-    """Make the worlds whose folder is missing, also those whose measurements are known."""
-    missing = {w: (w, folder) for w in worlds if not (folder / "worlds" / w / "world.json").exists() or w not in passed}
-    for world, measured in completed(pool, make_world, missing):
+    """Make worlds, or read those that are there, and record those that are new."""
+    for world, measured in completed(pool, make_world, {world: (world, folder) for world in worlds}):
         if world not in passed:
             passed |= passed_worlds([record({"kind": "world", "name": world, **measured})])
         unmet = ", ".join(gate for gate, met in measured["gates"].items() if not met)
@@ -195,11 +195,14 @@ def _make_worlds(
 
 
 def _run_due(
-    pool: Any, name: Name, design: Design, folder: Path, passed: Mapping[str, bool],
+    pool: Any, name: Name, design: Design, folder: Path, passed: dict[str, bool],
     rows: dict[str, Mapping[str, Any]], record: Record, log: Callable[[str], None],
 ) -> None:  # fmt: skip
     started, done = time.monotonic(), 0
     while runs := due(name, design, passed, rows):
+        worlds = dict.fromkeys(run.world for run in runs)
+        missing = [world for world in worlds if not (folder / "worlds" / world / "world.json").exists()]
+        _make_worlds(pool, missing, folder, passed, record, log)  # those whose measurements alone are known
         for key, line in completed(pool, train_run, {run.key: (run, folder) for run in runs}):
             rows[key] = record({"kind": "run", "key": key, **line})
             done += 1

@@ -1,0 +1,280 @@
+"""The page of the designs, made from their committed results alone.
+
+python -m recipes.experiments.paper_mini.story [--small]     # prints the page
+python -m recipes.experiments.paper_mini.story --write       # writes docs/paper.md and its picture, once D0 is whole
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from clair.core.errors import UserError
+from clair.core.files import write_atomically
+from clair.core.statistics import clustered_mean, exact_proportion
+from recipes.experiments.paper_mini import picture, results
+from recipes.experiments.paper_mini.analysis import (
+    KEPT,
+    Judged,
+    Results,
+    contrasts,
+    d0_gains,
+    dose_gains,
+    judge_claims,
+    margin,
+    mean,
+    slopes,
+    strata_gains,
+    tolerance,
+)
+from recipes.experiments.paper_mini.design import FULL, OBJECTIVES, SMALL, Name, is_regime, regime_gains, select
+from recipes.experiments.paper_mini.rows import in_nats, markdown, points, with_interval
+from recipes.experiments.paper_mini.run import SMALL_RUN, rows_of
+from recipes.experiments.paper_mini.worlds import TEST_PAIRS
+from recipes.world.running import ROOT
+
+PAGE = Path("docs/paper.md")
+PICTURE = Path("docs/images/paper-evidence.png")
+REGISTRATION = "log/2026-11-29-evidence.md"
+NOT_TESTED = "not tested"
+
+
+def read_results(file: Path, *, small: bool) -> Results:
+    """The results in a file. Raises UserError if it has no run."""
+    lines = results.read(file)
+    rows = rows_of(lines)
+    if not rows:
+        command = f"python -m recipes.experiments.paper_mini.run {'--small' if small else 'D0'}"
+        raise UserError(f"{file} holds no runs; make them with: {command}")
+    worlds = {line["name"]: line for line in lines if line["kind"] == "world"}
+    return Results(SMALL if small else FULL, worlds, rows)
+
+
+def page(found: Results) -> str:
+    """The whole page."""
+    points_of_margin = margin(found)
+    judged = judge_claims(contrasts(found), points_of_margin)
+    counts = Counter(_verdict(item, points_of_margin) for item in judged)
+    commits = sorted({str(row["commit"])[:12] for row in (*found.rows.values(), *found.worlds.values())})
+    return f"""# The paper in miniature
+
+This page says which claims of the paper hold on a model of 0.8 million weights in a world of made-up tasks, where its
+regimes can be set. Claims, regimes, contrasts and rules of judgement were
+[written down before the first run]({REGISTRATION}). `make paper-mini` makes what is missing.
+`python -m recipes.experiments.paper_mini.story --write` makes this page from `{results.COMMITTED}`
+alone: {len(found.rows)} runs in {len(found.worlds)} worlds, of commit {", ".join(commits)}.
+[The first grid](paper_first_grid.md) tested claims in the wrong regime; it remains with its figures corrected.
+
+**{len(judged)} claims: {", ".join(f"{count} {verdict}" for verdict, count in counts.items())}.**
+
+![Gain over the learning rate by objective, and gain by regime and objective](images/{PICTURE.name})
+
+## Claims
+
+A figure is the mean over worlds with a 95 % t interval. *Reproduced*: the sign is the expected one and p is below 0.05,
+corrected by Holm for all nine. *Equal*: two one-sided tests reject a difference of the margin either way.
+{_margin_sentence(points_of_margin)} *Not reproduced* is anything else that was tested: the opposite, or undecided.
+
+{markdown(claim_rows(found, judged, points_of_margin))}
+## Clean CLAIR pairs, by rate (D0)
+
+{_d0(found)}
+## CLAIR at shared rates (D1)
+
+{_selected(found, "D1", ("clair",))}
+## Regime by objective (D2)
+
+{_regimes(found)}{_selected(found, "D2", ("weak", "strong"))}
+## Contrast as a dose (D3)
+
+{_doses(found)}
+## Worlds
+
+Gates are checked before a world is used. Rightness is of greedy answers to held-out questions; *as its region says* is
+the share of them that the target's training asked for.
+
+{markdown(world_rows(found))}
+## How far to trust it
+
+- These results hold for this world: the paper's models are 10,000 times as large, and its prompts are real.
+- The unit is a world; phrasings and skills are fixed. Of the questions, 60 % are phrasings that pairs are about, 20 %
+  other phrasings of the same skills, 20 % a skill without pairs.
+- The paper's claim that CLAIR beats judged pairs, and KTO, are in no design.
+"""
+
+
+# ---- claims
+
+
+def _verdict(item: Judged, margin: int | None) -> str:
+    return f"equal within {margin} points" if item.verdict == "equal" else item.verdict
+
+
+def _margin_sentence(margin: int | None) -> str:
+    if margin is None:
+        return "The margin follows from D0, which is not whole."
+    return f"The margin is {margin} points, by the spread between D0's draws."
+
+
+def gate(found: Results, name: Name) -> str:
+    """The state of a design's gates: `worlds 10 of 10`, with D2's regimes."""
+    worlds, tested = found.design.worlds_of(name), found.tested(name)
+    text = f"worlds {len(tested)} of {len(worlds)}"
+    if name != "D2":
+        return text if tested else NOT_TESTED
+    met = {regime: is_regime(found.design, regime, found.tuning, found.rows) for regime in ("weak", "strong")}
+    return "; ".join([text, *(f"{r} {'met' if m else NOT_TESTED if m is None else 'not met'}" for r, m in met.items())])
+
+
+def claim_rows(found: Results, judged: Sequence[Judged], margin: int | None) -> list[list[str]]:
+    """The nine claims with source, gate, figure and verdict."""
+    rows = [["claim", "source", "design, gate", "compared", "figure", "p, Holm", "verdict"]]
+    for item in judged:
+        claim = item.claim
+        unit = "nats" if claim.nats else "points"
+        sign = "above" if claim.above else "below"
+        figure = "–" if item.estimate is None else (in_nats if claim.nats else with_interval)(item.estimate)
+        p = "–" if math.isnan(item.p) else f"{item.p:.3f}"
+        remark = f" ({item.remark})" if item.remark else ""
+        compared = f"{claim.contrast}, {unit}; expected {sign} 0"
+        state = f"{claim.design}: {gate(found, claim.design)}"
+        rows.append([claim.text, claim.source, state, compared, figure, p, f"{_verdict(item, margin)}{remark}"])
+    return rows
+
+
+# ---- designs
+
+
+def _d0(found: Results) -> str:
+    design = found.design
+    rows = [["objective", "beta", *(f"{rate:g}" for rate in design.rates), f"keeps {KEPT:.0%} of its best at"]]
+    for objective in OBJECTIVES:
+        for beta in design.betas if objective != "sft" else design.betas[:1]:
+            gains = d0_gains(found, objective, beta)
+            if gains is None:
+                continue
+            at_end = [gains[rate, design.short] for rate in design.rates]
+            cells = [f"{points(mean(v))} [{points(min(v))}, {points(max(v))}]" for v in at_end]
+            kept = f"{tolerance(gains)} of {len(gains)}"
+            rows.append([objective, "–" if objective == "sft" else f"{beta:g}", *cells, kept])
+    if len(rows) == 1:
+        return f"D0 is {NOT_TESTED}.\n"
+    return (
+        f"Points gained after epoch {design.short} on the quickstart's model, with the lowest and the highest of "
+        f"{len(found.tested('D0'))} draws. Tolerance counts the settings of rate and epoch at which the mean over "
+        f"draws is at least {KEPT:.0%} of the objective's best.\n\n{markdown(rows)}"
+    )
+
+
+def _selected(found: Results, name: Name, sets: Sequence[str]) -> str:
+    rows = [
+        ["pairs", "objective", "rate, epoch", "gain", "trained", "new phrasing", "new skill", "order of held-out pairs"]
+    ]
+    for pairs in sets:
+        for objective in OBJECTIVES:
+            gains, setting = found.gains(name, pairs, objective), None
+            if gains is not None:
+                setting = select(found.design, pairs, objective, found.tuning, found.rows)
+            strata = strata_gains(found, name, pairs, objective)
+            if gains is None or setting is None or strata is None:
+                continue
+            parts = [points(strata[s]) if s in strata else "–" for s in ("trained", "new phrasing", "new skill")]
+            estimate = clustered_mean(gains, range(len(gains)))
+            at = f"{setting.learning_rate:g}, {setting.epoch}"
+            order = _order(found, name, pairs, objective, setting.learning_rate)
+            rows.append([pairs, objective, at, with_interval(estimate), *parts, order])
+    if len(rows) == 1:
+        return f"{name} is {NOT_TESTED}.\n"
+    return (
+        "Points gained at the rate and checkpoint that the tuning worlds select, with 95 % t intervals over worlds, "
+        "and by kind of question. The last column is the share of held-out pairs in the right order at the last "
+        f"checkpoint, exact where all {TEST_PAIRS} pairs of every world are.\n\n{markdown(rows)}"
+    )
+
+
+def _order(found: Results, name: Name, pairs: str, objective: str, rate: float) -> str:
+    """Reward accuracy over worlds; SFT has none. If it is 1 or 0 in all worlds, the interval is exact."""
+    rows = [found.rows[found.design.run(w, pairs, objective, rate).key] for w in found.tested(name)]
+    values = [row["checkpoints"][-1]["pairs"].get("rewards/accuracies") for row in rows]
+    if None in values:
+        return "–"
+    estimate = clustered_mean(values, range(len(values)))
+    if estimate.se == 0 and estimate.mean in (0, 1):
+        count = TEST_PAIRS * len(values)
+        estimate = exact_proportion(round(count * estimate.mean), count)
+    return f"{estimate.mean:.1%} [{max(0, estimate.lo):.1%}, {min(1, estimate.hi):.1%}]"
+
+
+def _regimes(found: Results) -> str:
+    sentences = []
+    for regime, expected in (("weak", "lose"), ("strong", "gain")):
+        gains = regime_gains(found.design, regime, found.tuning, found.rows)
+        if gains:
+            met = is_regime(found.design, regime, found.tuning, found.rows)
+            listed = ", ".join(points(value) for value in gains)
+            sentences.append(
+                f"Gate *{regime}*: SFT on the winners must {expected} in every tuning world, and changes the accuracy "
+                f"by {listed} points: {'met' if met else 'not met, so the regime is not tested'}."
+            )
+    return "\n".join([*sentences, "", ""]) if sentences else ""
+
+
+def _doses(found: Results) -> str:
+    rows = [["objective", "correction only", "opening", "and closing", "and sentence", "slope, points a dose"]]
+    for objective in found.design.dose_objectives:
+        gains = dose_gains(found, objective)
+        if gains:
+            slope = slopes(gains)
+            cells = [points(mean(values)) for values in gains]
+            rows.append([objective, *cells, with_interval(clustered_mean(slope, range(len(slope))))])
+    return markdown(rows) if len(rows) > 1 else f"D3 is {NOT_TESTED}.\n"
+
+
+def world_rows(found: Results) -> list[list[str]]:
+    """One row for each world: what the gates are about, and the winners' rightness in its sets."""
+    rows = [["world", "own samples, nats", "well formed", "right", "as its region says", "winners right", "gates"]]
+    for name, world in found.worlds.items():
+        unmet = [gate for gate, met in world["gates"].items() if not met]
+        winners = ", ".join(f"{item} {values['winners_right']:.2f}" for item, values in world["sets"].items())
+        regional = f"{world['regional']:.0%}" if name.startswith("regions") else "–"
+        figures = [f"{world['nats']:.2f}", f"{world['well_formed']:.1%}", f"{world['right']:.1%}", regional]
+        rows.append([name, *figures, winners, "met" if not unmet else "not met: " + ", ".join(unmet)])
+    return rows
+
+
+def write(found: Results) -> None:
+    """Write page and picture. Raises UserError unless D0 is whole."""
+    if margin(found) is None:
+        raise UserError(f"D0 is not whole, so {PAGE} stays as it is; continue with: python -m {__package__}.run D0")
+    picture.draw(found, PICTURE)
+    write_atomically(PAGE, page(found))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The page of the designs.")
+    parser.add_argument("--small", action="store_true", help="of the quick look")
+    parser.add_argument("--run", type=Path, help="the results in this run folder instead of the committed ones")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE} and {PICTURE}")
+    args = parser.parse_args(arguments)
+    os.chdir(ROOT)
+    folder = args.run or (SMALL_RUN if args.small else None)
+    file = folder / "results.jsonl" if folder else results.COMMITTED
+    try:
+        found = read_results(file, small=args.small)
+        if args.write and folder:
+            raise UserError(f"{PAGE} shows the committed results only; leave --small and --run out")
+        if args.write:
+            write(found)
+            print(f"wrote {PAGE} and {PICTURE}")
+        else:
+            print(page(found))
+    except UserError as error:
+        raise SystemExit(f"paper-mini: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
