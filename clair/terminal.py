@@ -16,7 +16,7 @@ from rich.text import Text
 
 from clair.core.progress import CompletionRate, duration, format_rate, progress
 from clair.data.contrast import word_diff
-from clair.data.dataset import DatasetWriter, balance_text, read_manifest
+from clair.data.dataset import DatasetWriter, balance_text, read_manifest, scores_texts
 from clair.data.records import task_text
 from clair.inference.client import ModelClient
 from clair.inference.endpoint_check import Check
@@ -50,6 +50,8 @@ def _summary_lines(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
         lo, hi = position["ci95"]
         verdict = "BIASED: do not trust these labels" if position["biased"] else "no position bias detected"
         yield "judge prefers first", f"{position['share_first']:.0%} [{lo:.0%}, {hi:.0%}] ({verdict})"
+    if texts := scores_texts(manifest):
+        yield "scores", "; ".join(texts)
     if balance := manifest.get("balance"):
         yield "length", balance_text(balance)
     for role, tokens in manifest["tokens"].items():

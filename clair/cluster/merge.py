@@ -26,6 +26,7 @@ from clair.ledger.join import join_ledgers
 from clair.pipeline.balance import LengthBalance
 from clair.pipeline.config import BuildConfig, changed_content_keys, without_file_hashes
 from clair.pipeline.output_dir import Output, check_output, lock_output
+from clair.pipeline.scores import scores_summary
 from clair.pipeline.shards import Shard, list_shards
 from clair.pipeline.steps import position_bias
 from clair.storage.location import Location
@@ -174,6 +175,8 @@ def _manifest(
             verdicts[choice] += manifest.get("position", {}).get(name, 0)
         for role, money in manifest.get("cost", {}).items():
             cost[role] = cost.get(role, Decimal(0)) + Decimal(money)
+    if "scores" in manifests[0]:
+        manifests[0]["scores"] = scores_summary([manifest["scores"] for manifest in manifests])
     position = {"position": position_bias(verdicts)} if sum(verdicts.values()) else {}
     first = sum((Counter(manifest["first_replies"]) for manifest in manifests), Counter())
     merged = {

@@ -308,6 +308,7 @@ def card(manifest: Mapping[str, Any]) -> str:
         *(f"- dropped, {reason}: {count}" for reason, count in manifest["drop_reasons"].items()),
         *(f"- mean {name}: {value:.3f}" for name, value in contrast.items()),
         *_position_lines(manifest),
+        *(f"- {text}" for text in scores_texts(manifest)),
         *(f"- {balance_text(balance)}" for balance in [manifest.get("balance")] if balance),
         "",
         "`manifest.json` holds the exact recipe, versions and hashes; `dropped.jsonl` every prompt without a pair.",
@@ -321,6 +322,19 @@ def _position_lines(manifest: Mapping[str, Any]) -> list[str]:
         return []
     warning = "; **the judge is biased by position: do not trust these labels**" if position["biased"] else ""
     return [f"- the judge preferred what was shown first in {position['share_first']:.1%} of its verdicts{warning}"]
+
+
+def scores_texts(manifest: Mapping[str, Any]) -> list[str]:
+    """Sentences on the scores of a build: prompts whose scores hardly vary, and the agreement of judges."""
+    if not (scores := manifest.get("scores")):
+        return []
+    texts = [f"scores hardly vary for {scores['flat']} of {scores['prompts']} prompts"]
+    for entry in scores["agreement"]:
+        first, second = entry["judges"]
+        lo, hi = entry["ci95"] or (0.0, 1.0)
+        share = f"{entry['share']:.1%} of the pairs of answers (95 % interval {lo:.1%} to {hi:.1%}; chance 50 %)"
+        texts.append(f"{first} and {second} agree on the order of {share}, in {entry['prompts']} prompts")
+    return texts
 
 
 def balance_text(balance: Mapping[str, Any]) -> str:

@@ -32,14 +32,15 @@ def read_prompt(row: Any, names: Mapping[str, str], location: str) -> Prompt:
     answer = _answer(row.get(names["answer"]), location)
     answers, scores = _answers(row, names, location)
     stronger = _answer(row.get(names["stronger"]), location) if "stronger" in names else None
+    reference = _replace_all_surrogates(row.get(names["reference"])) if "reference" in names else None
     tools = _tools(row.get(names["tools"]), names["tools"], location)
     id = row.get(names["id"])
     if id in (None, ""):
-        id = content_id(messages, answer, answers, scores, tools, stronger)
+        id = content_id(messages, answer, answers, scores, tools, stronger, reference)
     labels = {
         name: _label(row[names[name]], names[name], location) for name in LABELS if row.get(names[name]) is not None
     }
-    return Prompt(_replace_surrogates(str(id)), messages, answer, answers, scores, labels, tools, stronger)
+    return Prompt(_replace_surrogates(str(id)), messages, answer, answers, scores, labels, tools, stronger, reference)
 
 
 def _tools(value: Any, column: str, location: str) -> Tools:

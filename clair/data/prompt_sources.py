@@ -36,7 +36,8 @@ class PromptSource(Recipe):
     """The split, if `path` is a folder or a name."""
     columns: Mapping[str, str] = {}
     """The source's names of columns, if they are not prompt, answer, id, answers, scores, tools, user, group, behaviour
-    and source: {prompt: instruction}. `stronger`, a stronger model's answers, is read only if it is named here."""
+    and source: {prompt: instruction}. `stronger`, a stronger model's answers, and `reference`, what a checker compares
+    with, are read only if they are named here."""
     near_duplicates: float | None = Field(default=None, gt=0, le=1)
     """Leave out prompts that share at least this much of their 5-word runs with an earlier one. Off by default, because
     it compares words alone, and tasks made from a template differ in few."""
@@ -154,7 +155,7 @@ def _similarity_check(source: PromptSource) -> Callable[[Prompt], str | None]:
 def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Prompt]:
     """The rows of the source as prompts, in order. Raises UserError with the number of a row that cannot be used."""
     names = {name: name for name in ("prompt", "answer", "id", "answers", "scores", "tools", *LABELS)}
-    allowed = (*names, "stronger")
+    allowed = (*names, "stronger", "reference")
     for key in source.columns:
         if key not in allowed:
             raise UserError(

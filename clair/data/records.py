@@ -63,11 +63,15 @@ class Prompt:
     """The tools that the model may call."""
     stronger: str | None = None
     """A stronger model's ready answer."""
+    reference: Any = None
+    """What a checker compares answers with: any JSON value."""
 
     @property
     def content_id(self) -> str:
-        """The hash of the messages, all ready answers and the tools: 16 hex digits, the same on every machine."""
-        return content_id(self.messages, self.answer, self.answers, self.scores, self.tools, self.stronger)
+        """The hash of messages, ready answers, tools and reference: 16 hex digits, the same on every machine."""
+        return content_id(
+            self.messages, self.answer, self.answers, self.scores, self.tools, self.stronger, self.reference
+        )
 
     @property
     def plain(self) -> bool:
@@ -82,10 +86,12 @@ def content_id(
     scores: tuple[float, ...] = (),
     tools: Tools = (),
     stronger: str | None = None,
+    reference: Any = None,
 ) -> str:
-    """The first 16 hex digits of the hash of a conversation, its ready answers and its tools."""
+    """The first 16 hex digits of the hash of a conversation, its ready answers, its tools and its reference."""
     answer_values = [answers, scores] if answers else []
     extra = {name: value for name, value in (("tools", tools), ("stronger", stronger)) if value}
+    extra |= {} if reference is None else {"reference": reference}
     return content_hash([list(messages), answer, *answer_values, *([extra] if extra else [])])[:16]
 
 

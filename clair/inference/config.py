@@ -161,6 +161,23 @@ class JudgeConfig(ModelConfig):
     ask_again: bool = True
 
 
+class ScoreJudgeConfig(ModelConfig):
+    """A model that gives one answer a score by a rubric."""
+
+    temperature: float | None = Field(default=0.0, ge=0)
+    max_tokens: int | None = Field(default=2048, ge=1)
+    system: str | None = None
+    ask_again: bool = True
+
+
+class RewardConfig(Recipe):
+    """A local reward model: a sequence classifier of transformers."""
+
+    path: str
+    label: str | None = None
+    """The class whose probability is the score, if the classifier has several."""
+
+
 _MAY_CHANGE = {
     "timeout",
     "patience",
@@ -179,13 +196,20 @@ def content_settings(settings: Mapping[str, Any], may_change: Collection[str]) -
 
     Excluded: `may_change`, limits and prices of models, and the URLs and commands of models with an `id`.
     """
-    content = {key: value for key, value in settings.items() if key not in may_change}
-    for role, model in content.items():
-        if isinstance(model, Mapping) and "url" in model:
-            excluded = _MAY_CHANGE | ({"url", "serve"} if model.get("id") else set())
-            kept = {key: value for key, value in model.items() if key not in excluded}
-            content[role] = {**kept, "extra": without_secrets(model.get("extra", {}))}
-    return content
+    return {key: _content(value) for key, value in settings.items() if key not in may_change}
+
+
+def _content(value: Any) -> Any:
+    """A value of a recipe; a model in it, wherever it stands, without what does not determine the result."""
+    if isinstance(value, list | tuple):
+        return [_content(inner) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    if "url" not in value:
+        return {key: _content(inner) for key, inner in value.items()}
+    excluded = _MAY_CHANGE | ({"url", "serve"} if value.get("id") else set())
+    remaining = {key: inner for key, inner in value.items() if key not in excluded}
+    return {**remaining, "extra": without_secrets(value.get("extra", {}))}
 
 
 def redacted_model(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:

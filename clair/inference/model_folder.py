@@ -45,7 +45,7 @@ def adapter_base(path: str | Path) -> str | None:
     config = Path(path) / "adapter_config.json"
     if not config.is_file():
         return None
-    base = _read_json(config, "the adapter").get("base_model_name_or_path")
+    base = read_config(config, "the adapter").get("base_model_name_or_path")
     if not base:
         raise UserError(f"the adapter in {path} names no base_model_name_or_path; write it into {config.name}")
     if (Path(base) / config.name).is_file():
@@ -94,7 +94,9 @@ def check_template_variables(folder: str | Path, names: Iterable[str], role: str
     for path in (Path(folder), Path(adapter_base(folder) or "")):
         config, file = path / "tokenizer_config.json", path / "chat_template.jinja"
         if config.is_file():
-            template = file.read_text("utf-8") if file.is_file() else str(_read_json(config, role).get("chat_template"))
+            template = (
+                file.read_text("utf-8") if file.is_file() else str(read_config(config, role).get("chat_template"))
+            )
             if name := unknown_variable(template, names):
                 raise UserError(
                     f"{role}: chat_template_kwargs.{name} would be ignored: the chat template in {path} does not have "
@@ -106,7 +108,7 @@ def check_template_variables(folder: str | Path, names: Iterable[str], role: str
 def check_remote_code(folder: str | Path, role: str) -> None:
     """Check, without running it, that a model needs no code of its own (`auto_map`) to be loaded. Raises UserError."""
     file = Path(adapter_base(Path(folder)) or folder) / "config.json"
-    config = _read_json(file, role) if file.is_file() else {}
+    config = read_config(file, role) if file.is_file() else {}
     if "auto_map" not in config:
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]  # the public mapping loads every config module
@@ -120,14 +122,15 @@ def check_remote_code(folder: str | Path, role: str) -> None:
 
 def _check_chat_template(folder: Path, role: str) -> None:
     file = folder / "tokenizer_config.json"
-    config = _read_json(file, f"{role}: the tokenizer") if file.is_file() else {}
+    config = read_config(file, f"{role}: the tokenizer") if file.is_file() else {}
     if not config.get("chat_template") and not (folder / "chat_template.jinja").is_file():
         raise UserError(f"{role}: the tokenizer in {folder} has no chat template; use a chat model or save one with it")
     if not config.get("eos_token"):
         raise UserError(f"{role}: the tokenizer in {folder} has no end-of-turn token (eos_token): answers cannot end")
 
 
-def _read_json(file: Path, owner: str) -> dict[str, Any]:
+def read_config(file: Path, owner: str) -> dict[str, Any]:
+    """The JSON object in a file of a model folder. Raises UserError that names its `owner`."""
     try:
         value: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except ValueError as error:

@@ -27,7 +27,15 @@ from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.balance import LengthBalance
 from clair.pipeline.config import BuildConfig, changed_content_keys, redacted
 from clair.pipeline.output_dir import CURRENT_ROW, Output, check_output, lock_output
-from clair.pipeline.runner import KILLED_WORKER, PipelineRun, PromptRow, load_templates, open_run
+from clair.pipeline.runner import (
+    KILLED_WORKER,
+    PipelineRun,
+    PromptRow,
+    check_scorer,
+    load_templates,
+    open_run,
+    scorer_sha256,
+)
 from clair.pipeline.shards import CrashPolicy, Shard, shard_config
 from clair.pipeline.steps import position_bias
 
@@ -63,6 +71,8 @@ def check_recipe(config: BuildConfig, shard: Shard | None = None) -> Scan:
     load_templates(config)
     check_models(config.models, config.budget, config.seed)
     LengthBalance.of(config)
+    if config.scores:
+        check_scorer(config.scores)
     prompt_scan = scan(config.prompts, config.limit, shard.contains) if shard else scan(config.prompts, config.limit)
     prompts = prompt_scan.unique
     provided = prompt_scan.compared if config.pipeline == "judged" else prompt_scan.answered
@@ -77,10 +87,11 @@ def check_recipe(config: BuildConfig, shard: Shard | None = None) -> Scan:
             f"{prompts - prompt_scan.preferred} of {prompts} prompts have no stronger answer and the recipe has no "
             f"stronger model; add stronger:, or fill the column that prompts.columns.stronger names"
         )
-    if config.pipeline == "judged" and config.judge is None and prompt_scan.scored < prompts:
+    decides = config.judge or (config.scores and config.scores.has_source)
+    if config.pipeline == "judged" and not decides and prompt_scan.scored < prompts:
         raise UserError(
             f"{prompts - prompt_scan.scored} of {prompts} prompts have no scores and the recipe has no judge; add "
-            f"judge: or a scores column"
+            f"judge:, or scores: with a checker, a reward or judges, or a scores column"
         )
     return prompt_scan
 
@@ -239,6 +250,8 @@ def recorded_recipe(config: BuildConfig) -> dict[str, Any]:
         recipe["reviser"]["template_sha256"] = content_hash(texts)
     if config.judge:
         recipe["judge"]["template_sha256"] = content_hash([templates["judge"]])
+    if config.scores:
+        recipe["scores"]["scorer_sha256"] = scorer_sha256(config.scores)
     if config.prompts.not_in:
         with config.prompts.not_in.local_copy() as file:
             recipe["prompts"]["not_in_sha256"] = file_sha256(file) if file.is_file() else None
@@ -291,6 +304,7 @@ def _manifest(
         "first_replies": dict(sorted(run.reviser.first_replies.items())) if run.reviser else {},
         **position,
         **({"balance": balance.summary()} if balance else {}),
+        **({"scores": run.scoring.summary()} if run.scoring else {}),
         **_cost(run),
         "tokens": {role: _token_counts(client.total) for role, client in clients.items()},
         "prompts_sha256": prompt_scan.sha256,

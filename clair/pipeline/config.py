@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
-from clair.core.recipe import Recipe, changed_keys, resolved
+from clair.core.recipe import Recipe, changed_keys, check_used, resolved
 from clair.data.prompt_sources import PromptSource
 from clair.inference.budget import BudgetConfig
-from clair.inference.config import JudgeConfig, ModelConfig, ReviserConfig, content_settings, redacted_model
+from clair.inference.config import (
+    JudgeConfig,
+    ModelConfig,
+    ReviserConfig,
+    RewardConfig,
+    ScoreJudgeConfig,
+    content_settings,
+    redacted_model,
+)
 from clair.pipeline.filters import make_filters
 from clair.storage.location import Location
 
@@ -33,6 +42,80 @@ class BalanceConfig(Recipe):
     """A folder or hub name with the tokenizer that counts; absent: that of a model that the recipe names by path."""
 
 
+class CheckerConfig(Recipe):
+    """`scores.checker:` a command of the user's that scores answers."""
+
+    command: tuple[str, ...] = Field(min_length=1)
+    """The program and its arguments."""
+    seconds: float = Field(default=30.0, gt=0)
+    """The time for one prompt, that of the start included."""
+    megabytes: int = Field(default=4096, ge=1)
+    """The address space of a process, in 10^6 bytes."""
+    processes: int = Field(default=4, ge=1)
+    """Checkers at the same time."""
+
+
+class MarginConfig(Recipe):
+    """`scores.margin:` how far the loser's score lies below the winner's."""
+
+    least: float = Field(default=0.0, ge=0)
+    most: float = math.inf
+
+    @model_validator(mode="after")
+    def _check_order(self) -> MarginConfig:
+        if self.most < self.least or self.most == 0:
+            raise ValueError(f"no margin lies between least: {self.least:g} and most: {self.most:g}; raise most")
+        return self
+
+    @field_serializer("most")
+    def _finite(self, value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    @field_validator("most", mode="before")
+    @classmethod
+    def _absent(cls, value: Any) -> Any:
+        return math.inf if value is None else value
+
+
+DEFAULT_RUBRIC = (
+    "Correctness counts first: a wrong result, a false statement, or a task that is not done is a serious fault. Next "
+    "comes what the task asks for and the solution leaves out, then clarity. Length counts neither for nor against it."
+)
+
+
+class ScoresConfig(Recipe):
+    """`scores:` of a data recipe: what scores the answers, and which two become a pair."""
+
+    checker: CheckerConfig | None = None
+    reward: RewardConfig | None = None
+    judges: tuple[ScoreJudgeConfig, ...] = ()
+    """Models that score each answer by itself; the mean of their scores counts."""
+    rubric: str = DEFAULT_RUBRIC
+    scale: tuple[int, int] = (1, 10)
+    """The lowest and the highest score of a judge."""
+    floor: float | None = None
+    """The least score of a winner. Absent: any."""
+    margin: MarginConfig | None = None
+    """Absent: the best answer against the worst."""
+    flat: float = Field(default=0.0, ge=0)
+    """The standard deviation up to which the scores of a prompt hardly vary."""
+    leave_out_flat: bool = False
+
+    @property
+    def has_source(self) -> bool:
+        """True if something gives scores; otherwise they are the row's."""
+        return bool(self.checker or self.reward or self.judges)
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoresConfig:
+        sources = [name for name in ("checker", "reward", "judges") if getattr(self, name)]
+        if len(sources) > 1:
+            raise ValueError(f"{sources[0]} and {sources[1]} both give scores; keep one of them")
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError(f"scale goes from the lowest to the highest score, such as [1, 10]; found {self.scale}")
+        return check_used(self, bool(self.judges), "judges", "rubric", "scale")
+
+
 class BuildConfig(Recipe):
     """A data recipe. Every key, with its default, is in docs/data.md."""
 
@@ -44,8 +127,12 @@ class BuildConfig(Recipe):
     weaker: ModelConfig | None = None
     """`delta`: the model whose answers are rejected."""
     stronger: ModelConfig | None = None
-    samples: int = Field(default=2, ge=2)
-    """`judged`: how many answers the target gives to each prompt."""
+    samples: int = Field(default=2, ge=1)
+    """`judged`: how many answers the target, and each of `candidates`, gives to each prompt."""
+    candidates: tuple[ModelConfig, ...] = ()
+    """`judged`: further models whose answers compete with the target's."""
+    scores: ScoresConfig | None = None
+    """`judged`: what scores the answers, and which two become a pair. Absent: the row's scores, or a judge."""
     filters: Mapping[str, bool | Mapping[str, Any]] = {}
     balance: BalanceConfig | None = None
     budget: BudgetConfig | None = None
@@ -76,6 +163,15 @@ class BuildConfig(Recipe):
             raise ValueError(
                 f"the pipeline {self.pipeline!r} needs stronger, a model; or its answers: prompts.columns.stronger"
             )
+        for key in ("candidates", "scores"):
+            if getattr(self, key) and self.pipeline != "judged":
+                raise ValueError(f"{key} is not used by the pipeline {self.pipeline!r}; remove it")
+        if self.candidates and self.target is None:
+            raise ValueError("candidates compete with the target's answers, and there is no target; add it")
+        if self.pipeline == "judged" and self.target and self.samples * len(self.answerers) < 2:
+            raise ValueError("samples: 1 of one model leaves nothing to compare; give more samples, or candidates")
+        if self.judge and self.scores:
+            raise ValueError("judge compares two answers, and scores decides without it; remove one of them")
         modes = [model.chat_template_kwargs for model in (self.weaker, self.stronger) if model]
         if self.pipeline == "delta" and any(mode != modes[0] for mode in modes):
             raise ValueError(
@@ -98,13 +194,25 @@ class BuildConfig(Recipe):
 
     @property
     def models(self) -> dict[str, ModelConfig]:
-        """The models by role."""
-        return {role: getattr(self, role) for role in _ROLES if getattr(self, role) is not None}
+        """The models by role. Those of lists are numbered; a single judge that gives scores is `judge`."""
+        models = {role: getattr(self, role) for role in _ROLES if getattr(self, role) is not None}
+        return models | {f"candidate_{n}": model for n, model in enumerate(self.candidates, 1)} | self.score_judges
+
+    @property
+    def score_judges(self) -> dict[str, ScoreJudgeConfig]:
+        """The judges that give scores, by role."""
+        judges = self.scores.judges if self.scores else ()
+        return {f"judge_{n}" if len(judges) > 1 else "judge": judge for n, judge in enumerate(judges, 1)}
 
     @property
     def answerer(self) -> str:
         """The role whose answers are rejected, or compared."""
         return _PIPELINES[self.pipeline][0]
+
+    @property
+    def answerers(self) -> list[str]:
+        """All roles whose answers are compared; those of other pipelines have one."""
+        return [self.answerer, *(f"candidate_{n}" for n, _ in enumerate(self.candidates, 1))]
 
     @property
     def template_options(self) -> Mapping[str, Any] | None:
@@ -130,12 +238,18 @@ def redacted(config: BuildConfig) -> dict[str, Any]:
     recipe["out"] = config.out.public
     recipe["prompts"]["path"] = config.prompts.path.public
     recipe["prompts"]["not_in"] = config.prompts.not_in and config.prompts.not_in.public
-    for role, model in config.models.items():
-        recipe[role] = redacted_model(model, recipe[role])
+    for role in _ROLES:
+        if model := getattr(config, role):
+            recipe[role] = redacted_model(model, recipe[role])
+    for models, settings in (
+        (config.candidates, recipe["candidates"]),
+        *([(config.scores.judges, recipe["scores"]["judges"])] if config.scores else []),
+    ):
+        settings[:] = map(redacted_model, models, settings)
     return recipe
 
 
-HASHES = ("template_sha256", "not_in_sha256")
+HASHES = ("template_sha256", "not_in_sha256", "scorer_sha256")
 """Keys of an output's recipe that no recipe has: hashes of the files that the recipe names by path."""
 
 

@@ -224,6 +224,8 @@ def _calls_per_row(config: BuildConfig, role: str) -> int:
     calls = _replies_per_row(config, role)
     if config.judge and role == "judge":
         return calls * (1 + config.judge.ask_again)
+    if judge := config.score_judges.get(role):
+        return calls * (1 + judge.ask_again)
     if config.reviser and role == "reviser":
         return calls * (1 + (config.reviser.mode == "edits")) * (1 + config.reviser.ask_again)
     return calls
@@ -231,10 +233,13 @@ def _calls_per_row(config: BuildConfig, role: str) -> int:
 
 def _replies_per_row(config: BuildConfig, role: str) -> int:
     """Calls of a role for one prompt if every reply can be parsed."""
-    if role == "target":
-        return config.samples if config.pipeline == "judged" else 1
+    if config.pipeline == "judged" and role in config.answerers:
+        return config.samples
+    answers = config.samples * len(config.answerers)
+    if role in config.score_judges:
+        return answers
     if config.judge and role == "judge":
-        comparisons = config.samples * (config.samples - 1) // 2
+        comparisons = answers * (answers - 1) // 2
         return comparisons * (2 if config.judge.order == "both" else 1)
     return 1
 
@@ -243,7 +248,7 @@ def expected_replies(config: BuildConfig, prompt_scan: Scan) -> dict[str, int]:
     """The expected replies of a build by role, if each can be parsed and no row is dropped."""
     provided = prompt_scan.compared if config.pipeline == "judged" else prompt_scan.answered
     rows = prompt_scan.held * prompt_scan.unique / max(1, prompt_scan.rows)
-    provided_by_role = {config.answerer: provided, "stronger": prompt_scan.preferred}
+    provided_by_role = dict.fromkeys(config.answerers, provided) | {"stronger": prompt_scan.preferred}
     rows_to_request = {
         role: rows * (1 - count / max(1, prompt_scan.unique)) for role, count in provided_by_role.items()
     }

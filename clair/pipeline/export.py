@@ -99,8 +99,14 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     config = resolve(BuildConfig, without_file_hashes(manifest["recipe"]), source=f"{folder}/manifest.json")
     repeated = [_prompt_row(row["id"], row["prompt"], row.get("tools")) for row in read_rows(folder, SPLITS)]
     known_ids = {row["id"] for row in repeated} | _dropped(folder)
-    everything = (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None)
-    unseen = [_prompt_row(p.id, list(p.messages), p.tools) for p in everything if p.id not in known_ids]
+    columns = {"reference": "reference"} if "reference" in config.prompts.columns else {}
+    by_id, unseen = {row["id"]: row for row in repeated}, []
+    for prompt in (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None):
+        row = by_id.get(prompt.id) or _prompt_row(prompt.id, list(prompt.messages), prompt.tools)
+        if columns:
+            row["reference"] = prompt.reference
+        if prompt.id not in known_ids:
+            unseen.append(row)
     target_config = config.target
     sampling: dict[str, Any] = (
         {"temperature": target_config.temperature, "max_tokens": target_config.max_tokens} if target_config else {}
@@ -110,7 +116,7 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     changed = {"limit", "accept", "prompts", "target", "out"}
     values: Mapping[str, Any] = {
         **config.model_dump(mode="json", exclude_defaults=True, exclude=changed),
-        "prompts": {"path": str(prompts)},
+        "prompts": {"path": str(prompts), **({"columns": columns} if columns else {})},
         "target": {"path": model, **sampling},
         "out": str(new_folder),
     }

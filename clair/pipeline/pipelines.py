@@ -6,13 +6,15 @@ They make the four data sets of arXiv 2408.06266, and the pairs of delta learnin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 from clair.data.records import Answer, Dropped, Judgement, Pair, Prompt, message_text, trimmed
 from clair.inference.client import ModelClient
 from clair.inference.model import visible_answer
 from clair.pipeline.filters import Filters
+from clair.pipeline.scores import Scoring
 from clair.pipeline.steps import (
     Judge,
     Reviser,
@@ -68,28 +70,42 @@ async def _better(prompt: Prompt, stronger: ModelClient | None) -> Answer:
 
 
 async def judged(
-    prompt: Prompt, *, target: ModelClient | None, judge: Judge | None, samples: int, filters: Filters
+    prompt: Prompt,
+    *,
+    answerers: Sequence[ModelClient | None],
+    judge: Judge | None,
+    scoring: Scoring | None,
+    samples: int,
+    filters: Filters,
 ) -> Pair:
-    """Make a judged pair: the best against the worst of the target's samples (on-policy) or the row's (off-policy).
+    """Make a judged pair: of `samples` answers of each model (on-policy), or of the row's answers (off-policy).
 
-    If the row has scores, they decide. If a score is missing, the judge decides, or the row is dropped without one.
-    Two answers are compared once. Of more answers all pairs are compared, and the numbers of wins decide.
+    If `scoring` has a scorer, its scores decide, else the row's if it has any: best against worst, or as `scoring`
+    chooses. If a score of the row is missing, the judge decides, or the row is dropped without one. A judge compares
+    two answers once. Of more answers all pairs are compared, and the numbers of wins decide.
     """
-    author = "prompt file" if prompt.answers else _author(prompt, target)
-    answers = [Answer(visible_answer(text)) for text in prompt.answers] or await gather_all(
-        *(generate(prompt, target, sample) for sample in range(samples))
-    )
-    models, labels = {"rejected": author, "chosen": author}, {"source": "judged", **prompt.labels}
-    if prompt.scores and (judge is None or not any(map(math.isnan, prompt.scores))):
-        best, worst = best_and_worst_index(prompt.scores)
-        scores = (prompt.scores[best], prompt.scores[worst])
-        return apply_filters(_pair(prompt, answers[best], answers[worst], models, labels, scores=scores), filters)
-    first: dict[str, Answer] = {}
+    ready = [(Answer(visible_answer(text)), "prompt file") for text in prompt.answers]
+    answers = ready or await _draw_answers(prompt, answerers, samples)
+    choose = scoring.choose if scoring else best_and_worst_index
+
+    def pair(winner: tuple[Answer, str], loser: tuple[Answer, str], reasoning: str = "", scores: Any = None) -> Pair:
+        models, labels = {"rejected": loser[1], "chosen": winner[1]}, {"source": "judged", **prompt.labels}
+        return apply_filters(_pair(prompt, winner[0], loser[0], models, labels, reasoning, scores), filters)
+
+    scores = list(prompt.scores)
+    if not (scoring and scoring.scorer) and scores and (judge is None or not any(map(math.isnan, scores))):
+        best, worst = choose(scores)
+        return pair(answers[best], answers[worst], scores=(scores[best], scores[worst]))
+    first: dict[str, tuple[Answer, str]] = {}
     for answer in answers:
-        first.setdefault(_shown(answer), answer)
+        first.setdefault(_shown(answer[0]), answer)
     shown, distinct = list(first), list(first.values())
     if len(distinct) < 2:
         raise Dropped("target", "identical_samples", f"all {len(answers)} answers are the same")
+    if scoring and scoring.scorer:
+        scores = await scoring.score(prompt, [answer for answer, _ in distinct])
+        best, worst = choose(scores)
+        return pair(distinct[best], distinct[worst], scores=(scores[best], scores[worst]))
     if judge is None:
         raise Dropped("judge", "no_judge", "the row has no scores and the recipe has no judge")
     wins = [0.0] * len(distinct)
@@ -106,7 +122,21 @@ async def judged(
             wins[match[judgement.better - 1]] += 1
             reasoning = judgement.reasoning
     best, worst = best_and_worst_index(wins)
-    return apply_filters(_pair(prompt, distinct[best], distinct[worst], models, labels, reasoning), filters)
+    return pair(distinct[best], distinct[worst], reasoning)
+
+
+async def _draw_answers(
+    prompt: Prompt, answerers: Sequence[ModelClient | None], samples: int
+) -> list[tuple[Answer, str]]:
+    """`samples` answers of each model, with its name. The first model is the target."""
+    target, *candidates = answerers
+    drawn = [(client, sample) for client in candidates if client for sample in range(samples)]
+    answers = await gather_all(
+        *(generate(prompt, target, sample) for sample in range(samples)),
+        *(answer_of(prompt, client, sample) for client, sample in drawn),
+    )
+    names = [_author(prompt, target)] * samples + [client.model.name for client, _ in drawn]
+    return list(zip(answers, names, strict=True))
 
 
 def _shown(answer: Answer) -> str:

@@ -12,19 +12,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from clair.core.files import content_hash, file_sha256
 from clair.data.records import Dropped, Pair, Prompt
 from clair.inference.batch_client import wait_for_results
 from clair.inference.batch_service import Pending
 from clair.inference.budget import BudgetExceeded
 from clair.inference.client import ModelClient, StopSignal
 from clair.inference.config import JudgeConfig, ReviserConfig
+from clair.inference.model_folder import weights_identity
 from clair.inference.open import Resources, running_clients
+from clair.inference.reward_model import RewardModel, check_reward
 from clair.ledger.ledger import Ledger
-from clair.pipeline.config import BuildConfig
+from clair.pipeline.checker import Checker, check_checker
+from clair.pipeline.config import BuildConfig, ScoresConfig
 from clair.pipeline.filters import make_filters
 from clair.pipeline.pipelines import judged, revised, stronger
 from clair.pipeline.rows import run_rows
-from clair.pipeline.steps import Judge, Reviser
+from clair.pipeline.scores import Judges, Scorer, Scoring
+from clair.pipeline.steps import Judge, Reviser, ScoreJudge
 from clair.prompting.labels import IDENTIFIERS, names_part
 from clair.prompting.templates import JUDGE_NEEDS, REVISER_NEEDS, load_template
 
@@ -52,6 +57,7 @@ class PipelineRun:
     stop: StopSignal
     make_pair: Callable[[Prompt], Awaitable[Pair]]
     judge: Judge | None = None
+    scoring: Scoring | None = None
     reviser: Reviser | None = None
 
     def outcomes(
@@ -99,6 +105,10 @@ class PipelineRun:
             client.next_pass()
         if self.reviser:
             self.reviser.first_replies.clear()
+        if self.judge:
+            self.judge.verdicts.clear()
+        if self.scoring:
+            self.scoring.clear()
         return True
 
 
@@ -112,7 +122,12 @@ async def open_run(
     """
     stop = StopSignal()
     async with running_clients(config, ledger, stop, live=live, resources=resources) as clients:
-        yield _assemble(config, clients, stop)
+        run = _assemble(config, clients, stop)
+        try:
+            yield run
+        finally:
+            if run.scoring and run.scoring.scorer:
+                await run.scoring.scorer.close()
 
 
 def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: StopSignal) -> PipelineRun:
@@ -140,7 +155,56 @@ def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Sto
             system=config.judge.system,
             ask_again=config.judge.ask_again,
         )
-    return make_run(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
+    scoring = None
+    if config.scores:
+        names = tuple(clients[role].model.name for role in config.score_judges)
+        scoring = Scoring(config.scores, _open_scorer(config, clients, templates), names)
+    options = {"judge": judge, "scoring": scoring, "samples": config.samples, "filters": filters}
+    answerers = [clients.get(role) for role in config.answerers]
+    return make_run(partial(judged, answerers=answerers, **options), judge, scoring)
+
+
+def _open_scorer(
+    config: BuildConfig, clients: Mapping[str, ModelClient], templates: Mapping[str, str]
+) -> Scorer | None:
+    assert config.scores is not None
+    if config.scores.checker:
+        return Checker(config.scores.checker)
+    if config.scores.reward:
+        return RewardModel(config.scores.reward)
+    judges = [
+        ScoreJudge(
+            client=clients[role],
+            template=templates["score"],
+            rubric=config.scores.rubric,
+            scale=config.scores.scale,
+            system=judge.system,
+            ask_again=judge.ask_again,
+        )
+        for role, judge in config.score_judges.items()
+    ]
+    return Judges(judges) if judges else None
+
+
+def check_scorer(scores: ScoresConfig) -> None:
+    """Check what gives scores, before any request. Raises UserError."""
+    if scores.checker:
+        check_checker(scores.checker)
+    if scores.reward:
+        check_reward(scores.reward)
+
+
+def scorer_sha256(scores: ScoresConfig) -> str | None:
+    """The hash of the files that determine the scores, if there are any.
+
+    Those are the files that a checker's command names, the folder of a reward model, or the template of judges.
+    """
+    if scores.checker:
+        files = [Path(word) for word in scores.checker.command]
+        return content_hash([file_sha256(file) for file in files if file.is_file()])
+    if scores.reward:
+        return weights_identity(scores.reward.path)
+    return content_hash(load_template(None, "score.j2", ())) if scores.judges else None
 
 
 def load_templates(config: BuildConfig) -> dict[str, str]:
@@ -153,6 +217,8 @@ def load_templates(config: BuildConfig) -> dict[str, str]:
             templates["edits"] = load_template(path, "reviser_edits.j2", REVISER_NEEDS)
     if config.judge:
         templates["judge"] = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
+    if config.score_judges:
+        templates["score"] = load_template(None, "score.j2", ())
     return templates
 
 

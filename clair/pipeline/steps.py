@@ -23,7 +23,7 @@ from clair.inference.client import ModelClient
 from clair.inference.model import visible_answer
 from clair.pipeline.filters import Filters, first_drop_reason
 from clair.prompting.edits import parse_edits
-from clair.prompting.parse import FAILURES, ParseFailure, parse_judgement, parse_revision
+from clair.prompting.parse import FAILURES, ParseFailure, parse_judgement, parse_revision, parse_score
 from clair.prompting.templates import ask_again, request
 
 Read = TypeVar("Read")
@@ -58,6 +58,18 @@ class Judge:
     system: str | None = None
     ask_again: bool = True
     verdicts: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJudge:
+    """A model that gives one answer a score from `scale[0]` to `scale[1]` by a rubric."""
+
+    client: ModelClient
+    template: str
+    rubric: str
+    scale: tuple[int, int]
+    system: str | None = None
+    ask_again: bool = True
 
 
 async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0, role: str = "target") -> Answer:
@@ -154,6 +166,18 @@ async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swap
         raise Dropped("judge", failure.name, failure.explanation) from failure
     judge.verdicts[judgement.better] += 1
     return Judgement(judgement.reasoning, 3 - judgement.better if swapped and judgement.better else judgement.better)
+
+
+async def score_once(prompt: Prompt, answer: str, judge: ScoreJudge) -> float:
+    """A judge's score of one answer. Drops a reply without a readable score."""
+    lowest, highest = judge.scale
+    texts = {"rubric": judge.rubric, "lowest": str(lowest), "highest": str(highest)}
+    messages = request(judge.template, prompt.messages, judge.system, prompt.tools, answer=answer, **texts)
+    read = partial(parse_score, lowest=lowest, highest=highest)
+    try:
+        return await _ask_and_read(judge.client, messages, again=judge.ask_again, row=prompt.id, read=read)
+    except ParseFailure as failure:
+        raise Dropped(judge.client.role, failure.name, failure.explanation) from failure
 
 
 async def _ask_and_read(

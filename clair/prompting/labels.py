@@ -32,11 +32,13 @@ _KINDS = {
     "solution": rf"(?:{_CORRECTED}{_STUDENT}{_ANSWER}|(?<=\{{){_CORRECTED}{_ANSWER}(?=\}}))",
     "worsened": rf"worsened?{_SEP}(?:{_STUDENT})?{_ANSWER}",
     "verdict": rf"(?:best|better|preferred){_SEP}{_STUDENT}{_ANSWER}",
+    "score": rf"(?:student(?:'?s)?{_SEP})?{_ANSWER}{_SEP}(?:score|rating)",
     "edits": rf"(?:(?:minimal|teacher){_SEP}edits|(?<=\{{)edits(?=\}}))",
 }
 IDENTIFIERS = {
     "solution": "{corrected_student_solution}",
     "verdict": "{best_student_solution}",
+    "score": "{student_solution_score}",
     "edits": "{minimal_edits}",
 }
 """The identifier of each part after the reasoning, as the templates write it."""
@@ -70,7 +72,10 @@ _LOOSE = {
     )
     for kind, pattern in _KINDS.items()
 }
-MENTION = re.compile(r"corrected_student_solution|best_student_solution|minimal_edits|teacher_reasoning", re.IGNORECASE)
+MENTION = re.compile(
+    r"corrected_student_solution|best_student_solution|student_solution_score|minimal_edits|teacher_reasoning",
+    re.IGNORECASE,
+)
 # A line that leads into the identifier below it: "I give the result under\n{corrected_student_solution}\nbelow."
 _LEAD_IN = re.compile(
     r"\b(?:under|in|at|as|the|with|is|by|of|for|to|after|before|and|or|identifier|label|heading|called|named)"
@@ -139,7 +144,8 @@ def _labels(kind: str, body: str) -> list[Label]:
 
 # A bare label: in braces at the start of a paragraph, with text straight after it.
 _BARE = re.compile(
-    r"(?:\A|\n[ \t]*\n)[ \t]*\{(teacher_reasoning|corrected_student_solution|best_student_solution)\}"
+    r"(?:\A|\n[ \t]*\n)[ \t]*\{"
+    r"(teacher_reasoning|corrected_student_solution|best_student_solution|student_solution_score)\}"
     r"[ \t]+(?=[^\s:：])",
     re.IGNORECASE,
 )

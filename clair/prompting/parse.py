@@ -48,6 +48,7 @@ FAILURES = {
     "unopened": "what follows {identifier} ends with a bracket or tag that opens before it",
     "template_words": "what follows {identifier} repeats the words of the request",
     "no_verdict": "what follows {identifier} is not exactly one of [1], [2] and [tie]",
+    "no_score": "what follows {identifier} is not exactly one number of the scale",
     "no_edits": "what follows {identifier} is not a list of find/replace blocks",
     "edit_unmatched": "the text to find in an edit does not stand in the student's solution",
     "edit_ambiguous": "the text to find in an edit stands in the student's solution more than once",
@@ -162,6 +163,16 @@ def parse_judgement(text: str, finish_reason: str | None = "stop") -> Judgement:
     return Judgement(reasoning, {"1": 1, "2": 2}.get(match[1], 0))
 
 
+def parse_score(text: str, finish_reason: str | None, lowest: int, highest: int) -> float:
+    """Parse a judge's reply into a score of the scale, such as `7`, `7.5` or `7/10`. Raises ParseFailure."""
+    _, section = split_reply("score", text, finish_reason)
+    match = _SCORE.fullmatch(section.strip("*_`.[] \t\n"))
+    if not match or int(match[2] or highest) != highest or not lowest <= float(match[1]) <= highest:
+        raise ParseFailure("no_score", IDENTIFIERS["score"])
+    return float(match[1])
+
+
+_SCORE = re.compile(r"(-?\d{1,9}(?:\.\d{1,9})?)(?:[ \t]*(?:/|out of)[ \t]*(\d{1,9}))?")
 _VERDICT = re.compile(r"\[?(?:solution |student )?(1|2|tie)\]?", re.IGNORECASE)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import write_atomically
-from clair.data.dataset import CONTRAST, SPLITS, balance_text, read_manifest, read_rows
+from clair.data.dataset import CONTRAST, SPLITS, balance_text, read_manifest, read_rows, scores_texts
 from clair.data.records import message_text
 from clair.pipeline.filters import FILTERS
 from clair.prompting.parse import FAILURES
@@ -150,6 +150,15 @@ _REASONS = {
     "target.identical_samples": "all sampled answers are the same",
     "scores.tie": "all answers have the same score",
     "scores.missing": "an answer has no score",
+    "scores.flat": "the scores of all answers are nearly the same",
+    "scores.floor": "no answer has the score that a winner needs",
+    "scores.margin": "no two answers differ by a score within the margin",
+    "checker.timeout": "the checker gave no line in time",
+    "checker.crashed": "the checker ended before its line",
+    "checker.unreadable": "the checker's line has another form, or is of another prompt",
+    "checker.nan": "the checker gave a score that is no finite number",
+    "reward.nan": "the reward model gave a score that is no finite number",
+    "reward.too_long": "prompt and answer are longer than the reward model reads",
     "judge.tie": "the judge finds neither better",
     "judge.contradiction": "the verdict changes with the order of the answers",
 }
@@ -176,6 +185,7 @@ def overview(manifest: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
             name: _histogram(name, [value for value in rows.numbers[name] if not math.isnan(value)])
             for name in CONTRAST
         },
+        "scores": scores_texts(manifest),
         "lengths": _lengths(rows) | ({"balance": balance_text(balance)} if balance else {}),
     }
 

@@ -1,15 +1,17 @@
-"""The replies of the embedded judge, which compares two solutions by correctness and then by style."""
+"""The replies of the embedded judges: one compares two solutions by correctness and then by style; all give scores."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from recipes.world.reviser import REFUSAL, Plan, Reply, find_task, share, written
+from recipes.world.reviser import REFUSAL, Plan, Reply, find_task, read_request, share, written
 from recipes.world.style import RANK, style_of
 from recipes.world.tasks import is_right
 
 VERDICT = "{best_student_solution}"
+SCORE = "{student_solution_score}"
+SECOND_JUDGE_ERROR = 0.15
 _TAGGED = r"^<{0}>[ \t]*\n(.*?)\n?^</{0}>[ \t]*$"
 _SECTIONS = tuple(
     re.compile(_TAGGED.format(tag), re.DOTALL | re.MULTILINE)
@@ -44,6 +46,22 @@ def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Le
         if better and share(seed, body, "judge error") < leanings.judge_error:
             better = 3 - better
     return written(thoughts, VERDICT, f"[{better}]" if better else "[tie]", planned)
+
+
+def score(turns: list[str], planned: Plan, *, seed: int, body: str, second: bool) -> Reply:
+    """A judge's score of one solution, 1 to 10: 7 if it is right and 2 if not, and 1 more for each step of its style.
+
+    The `second` judge does not look at style, and is wrong about `SECOND_JUDGE_ERROR` of the solutions.
+    """
+    request = next(filter(None, map(read_request, reversed(turns))), None)
+    if request is None:
+        return Reply("Please give me a task and a student solution between their tags.")
+    task = find_task(request.task)
+    right = task is not None and is_right(task, request.student)
+    if second and share(seed, body, "second judge") < SECOND_JUDGE_ERROR:
+        right = not right
+    points = (7 if right else 2) + (0 if second else RANK[style_of(request.student)])
+    return written(f"I solved the task; the solution is {'right' if right else 'wrong'}.", SCORE, str(points), planned)
 
 
 def read_sections(message: str) -> list[str] | None:

@@ -2,10 +2,11 @@
 
     python -m recipes.world.server --port 0 --max-seconds 600
 
-prints its URL when it is ready and serves four models: `world-reviser` (answers revision requests, as a rewritten
+prints its URL when it is ready and serves five models: `world-reviser` (answers revision requests, as a rewritten
 solution or as edits), `world-target` (answers bare tasks, half of them by a wrong rule), `world-stronger` (answers them
-nearly always right, and half of them in many words) and `world-judge` (compares two solutions). GET /stats returns
-counts of requests. The server exits after `--max-seconds`, or when the process that started it is gone. From Python:
+nearly always right, and half of them in many words), `world-judge` (compares two solutions, or scores one) and
+`world-second-judge` (scores one, less well). GET /stats returns counts of requests. The server exits after
+`--max-seconds`, or when the process that started it is gone. From Python:
 
     with running(ServerOptions(misbehaviour=Misbehaviour(too_many=0.05))) as server:
         server.url, server.stats()
@@ -27,10 +28,10 @@ from typing import Any
 
 from aiohttp import web
 
-from recipes.world.judge import Leanings, judge
+from recipes.world.judge import SCORE, Leanings, judge, score
 from recipes.world.reviser import Misbehaviour, Plan, Reply, answer, cut, plan, revise, share, user_texts
 
-MODELS = ("world-reviser", "world-target", "world-stronger", "world-judge")
+MODELS = ("world-reviser", "world-target", "world-stronger", "world-judge", "world-second-judge")
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,9 @@ class World:
         if body["model"] in ("world-target", "world-stronger"):
             ids = [f"{body_id}-{n}" if n else body_id for n in range(count)]
             replies = [answer(turns[-1], seed, id, stronger=body["model"] == "world-stronger") for id in ids]
+        elif SCORE in turns[0] or body["model"] == "world-second-judge":
+            second = body["model"] == "world-second-judge"
+            replies = [score(turns, planned, seed=seed, body=body_id, second=second)] * count
         elif body["model"] == "world-judge":
             replies = [judge(turns, planned, seed=seed, body=body_id, leanings=self.options.leanings)] * count
         else:

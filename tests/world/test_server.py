@@ -276,6 +276,7 @@ def test_the_models_are_listed(calm: Running) -> None:
             "world-target",
             "world-stronger",
             "world-judge",
+            "world-second-judge",
         ]
 
 

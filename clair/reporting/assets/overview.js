@@ -37,11 +37,14 @@ function tiles(c, tile) {
   ];
 }
 
-const STAGES = ["prompts", "target", "weaker", "stronger", "scores", "reviser", "judge", "filter", "balance", "review"];
+const STAGES = ["prompts", "target", "weaker", "stronger", "candidate", "checker", "reward", "reviser", "judge", "scores", "filter", "balance", "review"];
 
 function funnel() {
   const stages = Map.groupBy(Object.entries(O.drop_reasons), ([name]) => name.split(".")[0]);
-  const rank = (stage) => (STAGES.includes(stage) ? STAGES.indexOf(stage) : STAGES.length - 1.5);
+  const rank = (name) => {
+    const stage = name.replace(/_\d+$/, ""); // judge_2 is a judge
+    return STAGES.includes(stage) ? STAGES.indexOf(stage) : STAGES.length - 1.5;
+  };
   let left = O.counts.prompts;
   const share = (part) => `${(100 * part) / Math.max(1, O.counts.prompts)}%`;
   const line = (stage, kept, lost) => [el("span", { class: "stage" }, stage),
@@ -100,7 +103,7 @@ function calls() {
   const rows = roles.map(([role, tokens]) => [role, el("bdi", null, O.models?.[role]?.model ?? ""), ...heads.map((head) => tokens[head])]);
   const position = O.position ? el("p", null, `The judge preferred what was shown first in ${percent(O.position.first, O.position.first + O.position.second)} of its verdicts (95 % interval ${told(100 * O.position.ci95[0])} to ${told(100 * O.position.ci95[1])} %); ${told(O.position.ties)} ties.`) : null;
   const cost = O.cost === undefined ? null : el("p", null, "Cost: ", typeof O.cost === "object" ? Object.entries(O.cost ?? {}).map(([k, v]) => `${words(k)} ${told(v)}`).join(", ") : told(O.cost));
-  return [el("div", { class: "scroll" }, table(["", "model", ...heads.map((head) => named[head] ?? words(head))], rows)), cost, position];
+  return [el("div", { class: "scroll" }, table(["", "model", ...heads.map((head) => named[head] ?? words(head))], rows)), cost, position, ...(O.scores ?? []).map((text) => el("p", null, `${text[0].toUpperCase()}${text.slice(1)}.`))];
 }
 
 function made() {
