@@ -21,12 +21,12 @@ from clair.inference.client import ModelClient, StopSignal
 from clair.inference.config import JudgeConfig, ReviserConfig
 from clair.inference.model_folder import weights_identity
 from clair.inference.open import Resources, running_clients
-from clair.inference.reward_model import RewardModel, check_reward
 from clair.ledger.ledger import Ledger
 from clair.pipeline.checker import Checker, check_checker
 from clair.pipeline.config import BuildConfig, ScoresConfig
 from clair.pipeline.filters import make_filters
 from clair.pipeline.pipelines import judged, revised, stronger
+from clair.pipeline.reward_model import RewardModel, check_reward
 from clair.pipeline.rows import run_rows
 from clair.pipeline.scores import Judges, Scorer, Scoring
 from clair.pipeline.steps import Judge, Reviser, ScoreJudge
