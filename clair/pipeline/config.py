@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -203,6 +203,14 @@ class BuildConfig(Recipe):
         """The judges that give scores, by role."""
         judges = self.scores.judges if self.scores else ()
         return {f"judge_{n}" if len(judges) > 1 else "judge": judge for n, judge in enumerate(judges, 1)}
+
+    def with_models(self, change: Callable[[ModelConfig], ModelConfig]) -> BuildConfig:
+        """The recipe with every model changed."""
+        changes: dict[str, Any] = {role: change(model) for role in _ROLES if (model := getattr(self, role))}
+        changes["candidates"] = tuple(map(change, self.candidates))
+        if self.scores:
+            changes["scores"] = self.scores.model_copy(update={"judges": tuple(map(change, self.scores.judges))})
+        return self.model_copy(update=changes)
 
     @property
     def answerer(self) -> str:

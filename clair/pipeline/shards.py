@@ -9,6 +9,7 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import content_hash
+from clair.inference.config import ModelConfig
 from clair.pipeline.config import BuildConfig
 from clair.storage.location import Location
 from clair.storage.object_store import Store
@@ -70,11 +71,12 @@ def shard_config(config: BuildConfig, shard: Shard, *, shared: bool = False) -> 
         money, tokens = config.budget.money, config.budget.tokens
         budget_share = {"money": money and money / shard.count, "tokens": tokens and tokens // shard.count}
         changes["budget"] = config.budget.model_copy(update=budget_share)
-    for role, model in () if shared else config.models.items():
+
+    def with_rate_shares(model: ModelConfig) -> ModelConfig:
         rates = {key: getattr(model, key) for key in ("requests_per_minute", "tokens_per_minute")}
-        rate_shares = {key: max(1, rate // shard.count) for key, rate in rates.items() if rate}
-        changes[role] = model.model_copy(update=rate_shares)
-    return config.model_copy(update=changes)
+        return model.model_copy(update={key: max(1, rate // shard.count) for key, rate in rates.items() if rate})
+
+    return (config if shared else config.with_models(with_rate_shares)).model_copy(update=changes)
 
 
 def can_share_budget(config: BuildConfig) -> bool:

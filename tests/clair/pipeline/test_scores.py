@@ -23,7 +23,7 @@ from clair.pipeline.config import BuildConfig, ScoresConfig
 from clair.pipeline.estimate import estimate
 from clair.pipeline.export import next_round
 from clair.pipeline.scores import Scoring, agreement
-from clair.pipeline.shards import Shard, shards_location
+from clair.pipeline.shards import Shard, shard_config, shards_location
 from recipes.world.running import running
 from tests.clair import tiny_model
 from tests.clair.building import ROOT, clair, drops, error_line, final_bytes, write_prompts, write_recipe
@@ -258,6 +258,15 @@ def test_shards_of_scores_merge_to_the_bytes_and_counts_of_a_single_run(tmp_path
     merge(shards_location(config.out))
     assert final_bytes(tmp_path / "parts") == final_bytes(tmp_path / "out")
     assert read_manifest(tmp_path / "parts")["scores"] == read_manifest(tmp_path / "out")["scores"]
+
+
+def test_a_shard_has_its_share_of_the_rates_of_every_model(tmp_path):
+    models = {"target": endpoint(), "candidates": [endpoint(requests_per_minute=100)]}
+    scored = {"judges": [endpoint(tokens_per_minute=1000)]}
+    config = recipe(tmp_path / "out", [{"prompt": "q"}], pipeline="judged", **models, scores=scored)
+    part = shard_config(config, Shard(1, 4)).models
+    assert (part["candidate_1"].requests_per_minute, part["judge"].tokens_per_minute) == (25, 250)
+    assert shard_config(config, Shard(1, 4)).judge is None
 
 
 def test_a_score_that_cannot_be_read_is_requested_again_and_then_drops_the_row(tmp_path, monkeypatch):
