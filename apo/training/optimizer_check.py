@@ -40,6 +40,9 @@ class _NeedsModel(Exception):
 
 
 class _UnloadedModel:
+    def parameters(self) -> Iterator[Any]:
+        return iter(())
+
     def named_modules(self) -> Any:
         raise _NeedsModel
 

@@ -124,12 +124,14 @@ class APOConfig(DPOConfig):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.ddp_find_unused_parameters is None:  # every pair uses every trained weight
             self.ddp_find_unused_parameters = False
-        # transformers 5 renamed gradient_checkpointing and warns about the old name, TRL still sets it.
-        if self.activation_checkpointing is None:
-            requested = self.gradient_checkpointing
-            self.activation_checkpointing = not self.use_cpu if requested is None else requested
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        # transformers 5.20 renamed gradient_checkpointing and warns about the old name alone; TRL reads it, and so does
+        # an older transformers, which has no other.
+        requested = getattr(self, "activation_checkpointing", None)
+        requested = self.gradient_checkpointing if requested is None else requested
+        requested = not self.use_cpu if requested is None else requested
+        self.activation_checkpointing = self.gradient_checkpointing = requested
+        options = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
+        self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = options
 
     def check_dataset(self, columns: Collection[str]) -> None:
         """Raises UserError for an option that has no effect on a dataset with these columns."""

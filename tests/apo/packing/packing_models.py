@@ -15,7 +15,6 @@ from transformers import (
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo.packing.batch import PairBatch
-from apo.packing.layout import PackedRow, PairSpan
 from apo.packing.packed_model import packed_logps
 
 VOCABULARY = 97
@@ -79,13 +78,3 @@ def gradients(model, logps, seed=5):
 
 
 SHAPES = [(7, 0, 9, 14), (12, 3, 10, 13), (17, 10, 11, 12), (3, 0, 1, 1), (22, 1, 13, 2), (5, 6, 0, 4)]
-
-
-def packed_row(shapes):
-    """A packed row of spans alone. A shape counts the shared, the chosen and the rejected tokens of a pair."""
-    spans, start = [], 0
-    for shared, chosen, rejected in shapes:
-        spans.append(PairSpan(start, shared, chosen, rejected))
-        start += shared + chosen + rejected
-    unused = torch.zeros(0)
-    return PackedRow(torch.zeros(1, start), unused, spans, *[unused] * 4)

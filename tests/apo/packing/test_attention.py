@@ -16,7 +16,8 @@ from apo.packing import attention, packed_model
 from apo.packing.layout import pack_pairs
 from apo.packing.logps import PairLogps, plain_logps
 from apo.packing.packed_model import enable_packing, packed_logps
-from tests.apo.packing.packing_models import FAMILIES, SHAPES, batch_of, gradients, packed_row, pairs, stacked, tiny
+from tests.apo.packing.kernels import packed_row
+from tests.apo.packing.packing_models import FAMILIES, SHAPES, batch_of, gradients, pairs, stacked, tiny
 
 
 def causal_from_the_end(

@@ -1,13 +1,11 @@
-"""Properties of kernels on a CUDA device; skipped without one. The GPU benchmark runs in small on a CPU.
+"""Properties of kernels on a CUDA device; skipped without one.
 
 Tolerances: float32 on a GPU adds up in another order than on a CPU; bfloat16 has 8 bits.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,47 +14,23 @@ from datasets import Dataset
 from apo.cost import memory as fit
 from apo.cost.sizes import count_sizes
 from apo.packing import attention, packed_model
-from apo.packing.layout import PackedRow
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_model, make_pairs
-from tests.apo.packing.packing_models import packed_row
+from tests.apo.packing.kernels import KERNELS, largest_difference
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-SHAPES = ([(130, 200, 300), (90, 0, 70)], [(20, 10, 10)], [(300, 120, 10), (200, 150, 260), (5, 9, 0)])
 WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
 
 
-def attended(backend, layout, device, dtype, window, softcap, width=64):
-    """Values and gradients of one backend on the same numbers."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = layout.input_ids.shape[1]
-    q, k, v = (torch.randn(1, heads, tokens, width, generator=generator) for heads in (4, 2, 2))
-    q, k, v = (t.to(device, dtype).requires_grad_() for t in (q, k, v))
-    out = attention.BACKENDS[backend](q, k, v, layout, width**-0.5, 0.0, window, softcap)
-    out.backward(torch.ones_like(out))
-    return [t.float().cpu() for t in (out.detach(), q.grad, k.grad, v.grad)]
-
-
-def on(layout, device):
-    return PackedRow(layout.input_ids.to(device), *list(vars(layout).values())[1:7])
-
-
 @gpu
-@pytest.mark.parametrize(
-    ("backend", "window", "softcap"),
-    [("varlen", None, None), ("varlen", 100, None), ("flex", None, None), ("flex", 100, None), ("flex", 100, 20.0)],
-)
-def test_the_kernels_of_a_gpu_give_what_split_gives_in_float32_on_a_cpu(backend, window, softcap):
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_the_kernels_of_a_gpu_give_what_split_gives_in_float32_on_a_cpu(kernel):
     with torch._dynamo.config.patch(error_on_recompile=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler
         torch._dynamo.reset()
         attention._flex_attention.cache_clear()
-        for shapes in SHAPES:
-            actual = attended(backend, on(packed_row(shapes), "cuda"), "cuda", torch.bfloat16, window, softcap)
-            expected = attended("split", packed_row(shapes), "cpu", torch.float32, window, softcap)
-            for value, reference in zip(actual, expected, strict=True):
-                assert (value - reference).norm() < 1e-2 * reference.norm()
+        assert largest_difference(*kernel, "cuda") < 1e-2
 
 
 def trainer_on_gpu(tmp_path, tokenizer, dtype=torch.float32, **options):
@@ -127,26 +101,3 @@ def test_the_memory_estimate_of_a_gpu_is_within_a_fifth(tmp_path, tokenizer, che
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     assert sum(fit.peak_memory(job).values()) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
-
-
-@pytest.mark.slow
-def test_the_benchmark_for_a_gpu_runs_on_a_cpu_in_small(monkeypatch):
-    file = Path(__file__).parents[2] / "benchmarks" / "train_on_gpu.py"
-    spec = importlib.util.spec_from_file_location("train_on_gpu", file)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    monkeypatch.setattr(bench.cpu, "VOCABULARY", 200)
-    monkeypatch.setattr(bench, "OURS", ("split",))
-    monkeypatch.setattr(bench, "MODES", ("split", "trl defaults", "trl best"))
-    monkeypatch.setattr(packed_model, "fastest_backend", packed_model.fastest_backend)  # which the benchmark replaces
-    sizes = bench.LLAMA3_8B | {"vocab_size": 200, "num_hidden_layers": 2, "max_position_embeddings": 128, **WIDE}
-    case = {"small": (lambda: [(8, 12, 9), (5, 14, 20)] * 8, 4)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's own
-        cases = bench.measure_on("cpu", sizes, torch.float32, case, ["lora", "full"], 1)["cases"]
-    assert list(cases) == ["lora, small", "full, small"]
-    for case in cases.values():
-        assert case["apart"] < 1e-5
-        assert all(low > 0 for low, _ in case["ratios"].values())
-        for (run,) in case["runs"].values():
-            assert (len(run["losses"]), 0 < run["steady_mfu"] < 1) == (4, True)
