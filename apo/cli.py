@@ -165,13 +165,14 @@ def _print_plan(config: Any, processes: int | None) -> None:
     from clair.core.recipe import resolved
 
     with progress("checking recipe, model and pairs"):
+        from apo.cost.sizes import GPUS
         from apo.models.load import quantization_problem
         from apo.run_dir.files import describe_counts, redacted_recipe, run_status
         from apo.training.plan import estimate, plan
 
         status = run_status(Path(config.out), resolved(config))
         planned = plan(config, processes)
-        costs = estimate(planned)
+        costs = estimate(planned, GPUS)
     print(yaml.safe_dump(redacted_recipe(resolved(config)), sort_keys=False, allow_unicode=True), end="")
     for split, count in planned.counts().items():
         print(f"# {split}: {describe_counts(count)}")
@@ -188,7 +189,7 @@ def _print_plan(config: Any, processes: int | None) -> None:
 
 def _print_estimate(planned: Any, costs: Any) -> None:
     from apo.cost.memory import check_fits, describe_tokens, run_flops, table
-    from apo.cost.sizes import CPU_SHARE, GPUS, MFU
+    from apo.cost.sizes import CPU_SHARE, MFU
     from clair.inference.generation.onednn import REPEATS
 
     if isinstance(costs, str):
@@ -199,7 +200,7 @@ def _print_estimate(planned: Any, costs: Any) -> None:
     print(f"# parameters: {sizes.parameters:,}, trained {sizes.trained:,}")
     each = f", in each of {planned.processes} processes" if planned.processes > 1 else ""
     print(f"# work: {flops:.3g} FLOPs{each}, {reference / flops:.0%} of it the reference's")
-    for line in table(costs.jobs, [costs.machine, *GPUS]):
+    for line in table(costs.jobs):
         print(f"# {line}")
     print(
         f"# times assume {MFU:.0%} of a GPU's peak, {CPU_SHARE:.0%} of a CPU's matrix products (the best "

@@ -6,7 +6,7 @@ The docstrings below state the formulas for FLOPs and bytes. They hold for decod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,11 @@ from clair.core.progress import duration
 if TYPE_CHECKING:
     from datasets import Dataset
 
+PASS_TOKENS = tuple(range(16_384, 0, -2048))
+"""Limits of a pass that a GPU is offered, in this order. ASSUMPTION: 2,048 tokens keep a GPU busy with a model of
+billions of parameters, and above 16,384 nothing is gained."""
+SPARE = 0.2
+"""Share of a GPU's memory that a chosen job leaves free: as much as the estimate may be wrong."""
 SAMPLE_SIZE = 2048
 """Pairs whose lengths are read; from a longer dataset, every n-th."""
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
@@ -54,6 +59,7 @@ class Job:
     quantized       True if the linear layers below an adapter are in NF4
     mixed           True under autocast
     packed          False for TRL's padded batch
+    pack_tokens     maximum tokens of a pass; None: no limit
     """
 
     sizes: ModelSizes
@@ -77,6 +83,7 @@ class Job:
     mixed: bool = False
     zero: ZeroConfig | None = None
     packed: bool = True
+    pack_tokens: int | None = None
 
     @property
     def trained_weight(self) -> int:
@@ -251,13 +258,21 @@ def _head_bytes(job: Job, row: PassCost) -> float:
 # ---- the run
 
 
+def sample_pairs(dataset: Dataset) -> tuple[list[dict[str, Any]], int]:
+    """At most `SAMPLE_SIZE` pairs of a dataset, every n-th, and n."""
+    stride = -(-len(dataset) // SAMPLE_SIZE)
+    return [dataset[row] for row in range(0, len(dataset), stride)], stride
+
+
 def build_job(
     sizes: ModelSizes,
-    dataset: Dataset,
+    examples: Sequence[dict[str, Any]],
     args: Any,
     steps: int,
     *,
     reference: str | None,
+    pack_tokens: int | None,
+    stands_for: int = 1,
     dtype: str = "float32",
     mixed: bool = False,
     checkpointing: bool = False,
@@ -268,11 +283,12 @@ def build_job(
     quantized: bool = False,
     zero: ZeroConfig | None = None,
 ) -> Job:
-    """Build a job from the trainer's options and the tokenised pairs. `reference` is "cached", "online" or None."""
-    stride = -(-len(dataset) // SAMPLE_SIZE)
-    examples = [dataset[row] for row in range(0, len(dataset), stride)]
+    """Build a job from the trainer's options and tokenised pairs, each of which `stands_for` as many of the dataset.
+
+    `reference` is "cached", "online" or None.
+    """
     batch = args.per_device_train_batch_size
-    rows = pass_costs(examples, batch, args.pack_tokens, args.shared_prefix, args.seed)
+    rows = pass_costs(examples, batch, pack_tokens, args.shared_prefix, args.seed)
     padded = sum(row.tokens for row in pass_costs(examples, batch, None, False, args.seed))
     weight = {"float32": 4, "float64": 8}.get(str(dtype).removeprefix("torch."), 2)
     if zero:  # DeepSpeed trains in one type, without autocast
@@ -285,8 +301,8 @@ def build_job(
         rows=tuple(rows),
         padded_tokens=padded,
         pairs=len(examples),
-        pairs_trained=max(1, steps * batch * args.gradient_accumulation_steps // stride),
-        stands_for=stride,
+        pairs_trained=max(1, steps * batch * args.gradient_accumulation_steps // stands_for),
+        stands_for=stands_for,
         weight=weight,
         compute=2 if mixed else weight,
         states=states,
@@ -302,7 +318,32 @@ def build_job(
         mixed=mixed,
         zero=zero,
         packed=args.shared_prefix,
+        pack_tokens=pack_tokens,
     )
+
+
+def choose_passes(
+    build: Callable[[bool, int | None], Job], device: Device, checkpointing: bool | None, limits: Sequence[int | None]
+) -> Job:
+    """Return the fastest job that fits a device: without activation checkpointing if possible, and in long passes.
+
+    `build(checkpointing, pack_tokens)` makes a job; `checkpointing` None and several `limits` leave the choice. A
+    checkpointed job computes each layer twice, which costs more than shorter passes do. If no job fits, the last one,
+    which needs the least, is returned.
+    """
+    jobs = (
+        build(on, limit) for on in ((False, True) if checkpointing is None else (checkpointing,)) for limit in limits
+    )
+    for job in jobs:
+        if required_memory(job, device) <= (1 - SPARE) * device.memory:
+            break
+    return job
+
+
+def describe_passes(job: Job) -> str:
+    """Describe how the passes of a job are limited, in the words of a recipe."""
+    limit = f"pack_tokens {job.pack_tokens:,}, " if job.packed and job.pack_tokens else ""
+    return f"{limit}{'' if job.checkpointing else 'no '}activation checkpointing"
 
 
 def required_memory(job: Job, device: Device) -> float:
@@ -318,14 +359,13 @@ def describe_tokens(job: Job) -> str:
     return f"{about}{count:,} an epoch, {share:.0%} of the {job.padded_tokens * job.stands_for:,} of TRL's padded batch"
 
 
-def table(jobs: dict[bool, Job], devices: Sequence[Device]) -> list[str]:
-    """Return one line per device: memory, whether it fits, and time. `jobs` has one for GPUs (True), one for CPUs.
+def table(jobs: dict[Device, Job]) -> list[str]:
+    """Return one line per device: memory, whether it fits, time, and the limits of a pass.
 
     The memory is the sum of the rounded parts in the line.
     """
     lines = []
-    for device in devices:
-        job = jobs[device.is_gpu]
+    for device, job in jobs.items():
         memory = required_memory(job, device)
         fits = "fits" if memory <= device.memory else "does NOT fit"
         sizes = {**peak_memory(job), "libraries": device.reserved}
@@ -333,7 +373,8 @@ def table(jobs: dict[bool, Job], devices: Sequence[Device]) -> list[str]:
         items = ", ".join(f"{name} {size:.2f}" for name, size in shown.items())
         time = f"about {duration(run_flops(job)[0] / device.flops)}" if memory <= device.memory else "-"
         lines.append(
-            f"{device.name}: {_gib(sum(shown.values()) * GIB)} of {_gib(device.memory)} GiB, {fits}, {time} ({items})"
+            f"{device.name}: {_gib(sum(shown.values()) * GIB)} of {_gib(device.memory)} GiB, {fits}, {time}, "
+            f"{describe_passes(job)} ({items})"
         )
     return lines
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,31 +126,36 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     train.notes.extend(objective_notes(resolve_mixture(args.objective), args.beta, answer_lengths(train.dataset)))
     if any("too_long" in split.dropped for split in (train, evaluated) if split):
         train.notes.append(f"too long is more than {args.max_length:,} tokens, {limit}")
-    if args.shared_prefix and args.pack_tokens:
-        train.notes.extend(_oversize_notes(train.dataset, args.pack_tokens))
     guard_set = load_guard(config.guard, tokenizer, generation, context, day) if config.guard else None
     steps = count_steps(args, train.dataset, count)
     check_optimizer(args, steps)
-    return Plan(config, name, tokenizer, args, train, evaluated, steps, day, guard_set, count)
+    planned = Plan(config, name, tokenizer, args, train, evaluated, steps, day, guard_set, count)
+    limit_passes(planned)
+    if args.shared_prefix and args.pack_tokens:
+        train.notes.extend(_oversize_notes(train.dataset, args.pack_tokens))
+    return planned
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a plan on a GPU (key True) and on a CPU (False)."""
+    """The cost of a plan on this machine, and on other devices."""
 
-    jobs: dict[bool, Job]
+    jobs: dict[Device, Job]
     machine: Device
 
     @property
     def here(self) -> Job:
         """The run on the machine it starts on."""
-        return self.jobs[self.machine.is_gpu]
+        return self.jobs[self.machine]
 
 
-def estimate(planned: Plan) -> Estimate | str:
-    """Return the costs of a plan, or the reason why they cannot be estimated."""
+def estimate(planned: Plan, others: Sequence[Device] = ()) -> Estimate | str:
+    """Return the costs of a plan on this machine and on `others`, or the reason why they cannot be estimated.
+
+    On a GPU, checkpointing and the limit of a pass that the recipe leaves open are those of `choose_passes`.
+    """
     from apo.cost.deepspeed_memory import parse_zero_config
-    from apo.cost.memory import build_job
+    from apo.cost.memory import PASS_TOKENS, build_job, choose_passes, sample_pairs
     from apo.cost.sizes import model_sizes, this_machine
     from apo.losses.mixture import resolve_mixture
 
@@ -169,17 +176,46 @@ def estimate(planned: Plan) -> Estimate | str:
     ) else None  # fmt: skip
     checkpointing = config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing"))
     dtype = str(args.loading_options().get("dtype", "float32"))
-    jobs = {
-        on_gpu: build_job(
-            sizes, planned.train.dataset, args, planned.steps, reference=reference, dtype=dtype,
-            mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
-            checkpointing=on_gpu if checkpointing is None else checkpointing, on_gpu=on_gpu,
-            mismatched=resolve_mixture(config.objective).needs_divergence, processes=planned.processes,
+    examples, stands_for = sample_pairs(planned.train.dataset)
+
+    @functools.cache
+    def build(on_gpu: bool, checkpointing: bool, pack_tokens: int | None) -> Job:
+        return build_job(
+            sizes, examples, args, planned.steps, stands_for=stands_for, reference=reference, dtype=dtype,
+            mixed=config.trainer.get("bf16", on_gpu) or args.fp16, checkpointing=checkpointing, pack_tokens=pack_tokens,
+            on_gpu=on_gpu, mismatched=resolve_mixture(config.objective).needs_divergence, processes=planned.processes,
             sharded=fsdp_requested(args), quantized=config.quantize is not None, zero=zero,
-        )
-        for on_gpu in (True, False)
-    }  # fmt: skip
+        )  # fmt: skip
+
+    jobs = {}
+    for device in (machine, *others):
+        if not device.is_gpu:
+            jobs[device] = build(False, bool(checkpointing), args.pack_tokens)
+            continue
+        set_by_recipe = not args.shared_prefix or "pack_tokens" in config.trainer
+        limits = (config.trainer.get("pack_tokens"),) if set_by_recipe else PASS_TOKENS
+        jobs[device] = choose_passes(functools.partial(build, True), device, checkpointing, limits)
     return Estimate(jobs, machine)
+
+
+def limit_passes(planned: Plan) -> None:
+    """Set activation checkpointing and `pack_tokens` on a GPU, if the recipe leaves them open, by the estimate."""
+    from apo.cost.memory import describe_passes, required_memory
+    from apo.cost.sizes import GIB
+
+    costs, args = estimate(planned), planned.args
+    if isinstance(costs, str) or not costs.machine.is_gpu:
+        return
+    job, machine = costs.here, costs.machine
+    if (args.pack_tokens, args.activation_checkpointing) == (job.pack_tokens, job.checkpointing):
+        return
+    args.pack_tokens = job.pack_tokens
+    args.activation_checkpointing = args.gradient_checkpointing = job.checkpointing
+    needed = f"{required_memory(job, machine) / GIB:.1f} of {machine.memory / GIB:.1f} GiB"
+    planned.train.notes.append(
+        f"by the estimate of memory ({needed}): {describe_passes(job)}; a recipe that "
+        "sets trainer.pack_tokens or trainer.gradient_checkpointing decides itself"
+    )
 
 
 def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig, day: str) -> Tokenized:

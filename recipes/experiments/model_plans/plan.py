@@ -125,7 +125,7 @@ def dry_run(recipe: Path, folder: Path, pairs: Path) -> str:
 
 def lines_of(output: str) -> dict[str, Line]:
     """The plans by device in a dry run's output."""
-    pattern = r"^# (.*): ([\d.]+) of [\d.]+ GiB, (fits|does NOT fit), (?:about )?(.*?) \("
+    pattern = r"^# (.*): ([\d.]+) of [\d.]+ GiB, (fits|does NOT fit), (?:about )?([^,(]+), .* \("
     return {m[1]: Line(m[2], m[3] == "fits", m[4]) for m in re.finditer(pattern, output, re.MULTILINE)}
 
 

@@ -26,7 +26,7 @@ from apo.cost.sizes import Device, PassCost, pass_costs
 from apo.packing.layout import pack_pairs
 from apo.packing.packed_model import enable_packing, packed_logps
 from apo.training.config import TrainConfig
-from apo.training.plan import estimate, plan
+from apo.training.plan import estimate, limit_passes, plan
 from apo.training.train import train
 from clair.core.errors import UserError
 from clair.inference.generation import onednn as matmul
@@ -187,7 +187,7 @@ def test_the_parts_of_the_memory_add_up_to_its_total():
     sizes = shapes.count_sizes(llama(**LLAMA_3_8B), lora(16))
     for tokens in (100, 333, 500, 1777):
         run = job(sizes, [shapes.pair_cost(tokens, 0, tokens, tokens)] * 2, weight=2, compute=2, on_gpu=True)
-        (line,) = fit.table({True: run}, shapes.GPUS[:1])
+        (line,) = fit.table({shapes.GPUS[0]: run})
         total, terms = re.fullmatch(r"A100 80GB: ([\d.]+) of .* \((.*)\)", line).groups()
         assert "libraries 1.00" in terms
         assert float(total) == round(sum(float(term.split()[-1]) for term in terms.split(", ")), 1)
@@ -208,6 +208,65 @@ def test_a_processor_that_others_use_too_is_as_fast_as_ever(monkeypatch):
     monkeypatch.setattr(matmul, "time", timer)
     monkeypatch.setattr(matmul, "_onednn", product)
     assert matmul.speeds.__wrapped__()[1] == pytest.approx(2 * 1024**3, rel=1e-3)
+
+
+def test_llama_3_8b_lora_has_no_checkpointing_on_80_gb_and_each_gpu_the_longest_passes_that_fit():
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B), lora(16))
+    rng = random.Random(0)
+    lengths = [[rng.randrange(50, 150), rng.randrange(200, 600), rng.randrange(200, 600)] for _ in range(64)]
+    pairs = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(range, each), strict=True)) for each in lengths]
+    args = SimpleNamespace(
+        per_device_train_batch_size=32, gradient_accumulation_steps=1, shared_prefix=True, seed=0, optim="adamw_torch"
+    )
+
+    def build(checkpointing, pack_tokens):
+        return fit.build_job(
+            sizes, pairs, args, 2, reference="cached", dtype="bfloat16", mixed=True, on_gpu=True,
+            checkpointing=checkpointing, pack_tokens=pack_tokens,
+        )  # fmt: skip
+
+    def chosen(device, checkpointing=None, limits=fit.PASS_TOKENS):
+        return fit.choose_passes(build, device, checkpointing, limits)
+
+    a100, h100, h200, rtx4090 = shapes.GPUS
+    for device in shapes.GPUS:
+        job, free = chosen(device), (1 - fit.SPARE) * device.memory
+        assert job.checkpointing == (device is rtx4090)
+        assert fit.required_memory(job, device) <= free
+        if job.pack_tokens < max(fit.PASS_TOKENS):
+            assert fit.required_memory(build(job.checkpointing, job.pack_tokens + 2048), device) > free
+    assert fit.required_memory(build(False, min(fit.PASS_TOKENS)), rtx4090) > (1 - fit.SPARE) * rtx4090.memory
+    assert chosen(a100) == chosen(h100)
+    assert chosen(a100).pack_tokens < chosen(h200).pack_tokens
+    assert chosen(a100, True).pack_tokens == max(fit.PASS_TOKENS)
+    assert chosen(a100, limits=(1024,)).pack_tokens == 1024
+    nothing = Device("small", shapes.GIB, 1e9)
+    assert fit.describe_passes(chosen(nothing)) == "pack_tokens 2,048, activation checkpointing"
+    assert fit.describe_passes(chosen(nothing, False)) == "pack_tokens 2,048, no activation checkpointing"
+
+
+def test_on_a_gpu_a_run_takes_what_the_recipe_leaves_open_from_the_estimate(recipe, monkeypatch):
+    monkeypatch.setattr(shapes, "this_machine", lambda: Device("this machine: GPU", 2 * shapes.GIB, 1e12))
+
+    def limited(**options):
+        planned = plan(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "gradient_checkpointing": True}}))
+        planned.args.use_cpu, planned.args.pack_tokens = False, options.get("pack_tokens")
+        planned.args.shared_prefix = options.get("shared_prefix", True)
+        before = [*planned.train.notes]
+        limit_passes(replace(planned, config=TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], **options}})))
+        args = planned.args
+        assert args.activation_checkpointing == args.gradient_checkpointing
+        return args.pack_tokens, args.activation_checkpointing, planned.train.notes[len(before) :]
+
+    pack_tokens, checkpointing, (note,) = limited()
+    assert (pack_tokens, checkpointing) == (16_384, False)
+    assert note == (
+        "by the estimate of memory (1.0 of 2.0 GiB): pack_tokens 16,384, no activation checkpointing; a recipe that "
+        "sets trainer.pack_tokens or trainer.gradient_checkpointing decides itself"
+    )
+    assert limited(pack_tokens=64, gradient_checkpointing=True) == (64, True, [])
+    assert limited(shared_prefix=False)[:2] == (None, False)
+    assert limited(gradient_checkpointing=True)[:2] == (16_384, True)
 
 
 def test_one_change_that_is_enough_is_named_alone():
@@ -395,8 +454,9 @@ def run(folder, lengths):
     name = models.find_model(folder)
     APOTrainer(models.load_model(name, **options), args=args, train_dataset=rows, processing_class=make_tokenizer(),
                peft_config=lora()).train()
-    return fit.build_job(shapes.model_sizes(name, lora()), rows, args, 3, reference="cached", dtype=case["dtype"],
-                      checkpointing=bool(args.gradient_checkpointing), quantized=case["quantize"])
+    return fit.build_job(shapes.model_sizes(name, lora()), [*rows], args, 3, reference="cached", dtype=case["dtype"],
+                         pack_tokens=args.pack_tokens, checkpointing=bool(args.gradient_checkpointing),
+                         quantized=case["quantize"])
 
 run(case["first"], [9, 9, 5])
 with open("/proc/self/clear_refs", "w") as file:

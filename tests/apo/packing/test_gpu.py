@@ -94,7 +94,7 @@ def test_the_memory_estimate_of_a_gpu_is_within_a_fifth(tmp_path, tokenizer, che
     sizes = count_sizes(model)
     trainer = APOTrainer(model, args=args, train_dataset=Dataset.from_list(make_pairs(16)), processing_class=tokenizer)
     job = fit.build_job(
-        sizes, trainer.train_dataset, args, 3, reference="cached", dtype="float32", mixed=True,
+        sizes, [*trainer.train_dataset], args, 3, reference="cached", dtype="float32", mixed=True, pack_tokens=None,
         checkpointing=checkpointing, on_gpu=True,
     )  # fmt: skip
     torch.cuda.empty_cache()

@@ -42,7 +42,7 @@ def call(out, *options, hidden=(), folder=None):
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(HIDE.format(hidden=set(hidden)))
         environment["PYTHONPATH"] = str(folder)
-    command = [sys.executable, str(FILE), "--out", str(out), "--small", *options]
+    command = [sys.executable, str(FILE), "--out", str(out), "--small", "--minutes", "60", *options]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
