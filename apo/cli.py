@@ -15,7 +15,9 @@ from apo.cli_analysis import calibrate, certify, distinguish
 from apo.cli_evaluation import app as evaluate
 from apo.cli_recipe import EXTRA_ARGUMENTS
 from apo.console import print_line, quieten
+from apo.hub.cli import push
 from apo.rewards.cli import app as reward
+from apo.sweep.cli import sweep
 from clair.core.errors import EXIT_INTERRUPTED
 from clair.core.exit_codes import run
 from clair.core.progress import printable
@@ -113,6 +115,8 @@ def merge(
     print_line(f"wrote {merge_adapter(adapter, out, base=base)}")
 
 
+app.command()(sweep)
+app.command()(push)
 app.command(context_settings=EXTRA_ARGUMENTS)(advise)
 app.command(context_settings=EXTRA_ARGUMENTS)(distinguish)
 app.command(context_settings=EXTRA_ARGUMENTS)(calibrate)

@@ -230,7 +230,7 @@ def summary(measured: Sequence[MeasuredPair], beta: float) -> dict[str, Any]:
         "length_only": {
             "prefers": prefers,
             "accuracy": share(by_length),
-            "reward_accuracy_minus_it": _difference(by_length, right, prompts),
+            "reward_accuracy_minus_it": mean_difference(by_length, right, prompts),
         },
         "length_ratio": mean([pair.chosen.tokens / pair.rejected.tokens for pair in measured]),
         "displacement": {side: _displacement(responses, mean, share) for side, responses in sides.items()},
@@ -261,7 +261,7 @@ def _divergence(responses: Sequence[Response], mean: Callable[..., Any]) -> dict
     return {"response": mean([r.kl for r in responses]), "token": mean([r.kl / r.tokens for r in responses])}
 
 
-def _difference(base: Sequence[float], tuned: Sequence[float], prompts: Sequence[str]) -> dict[str, Any]:
+def mean_difference(base: Sequence[float], tuned: Sequence[float], prompts: Sequence[str]) -> dict[str, Any]:
     """The mean of tuned minus base, both shares, with its interval and p-value, as `apo compare` computes them."""
     mean = {"mean": math.fsum(b - a for a, b in zip(base, tuned, strict=True)) / len(base)}
     test = paired_difference(base, tuned, prompts) if len(set(prompts)) > 1 else None

@@ -66,10 +66,8 @@ def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
     for index, cluster in zip(indices, clusters, strict=True):
         speed = cluster["speed"]
         color = COLORS["rejected"] if speed["value"] < 0 else COLORS["chosen"]
-        left.plot([speed["lo"], speed["hi"]], [index, index], color=color, linewidth=1.9, solid_capstyle="round")
-        left.plot(speed["value"], index, "o", color=color, markersize=5)
-    left.set_yticks(list(indices), names)
-    left.set_ylim(len(clusters) - 0.5, -0.5)
+        _plot_interval(left, index, speed["value"], (speed["lo"], speed["hi"]), color)
+    _set_rows(left, names)
     right.imshow(report["cosines"], cmap="RdBu", vmin=-1, vmax=1)
     right.set_title("Agreement", loc="left", fontsize=11, fontweight="bold", pad=18)
     right.text(0, 1.025, "cosine of chosen - rejected", transform=right.transAxes, fontsize=8.5, color=QUIET)
@@ -81,6 +79,47 @@ def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
             color = "white" if abs(value) > 0.6 else QUIET
             right.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
     figure.savefig(path, format="png")
+
+
+def draw_sweep(result: Mapping[str, Any], path: str | Path) -> None:
+    """Plot the runs of `apo sweep`, a row each, on the held-out pairs with 95 % intervals.
+
+    Left: the share of pairs in the right order; hollow: the best run, corrected for its selection. Right: log-ratios.
+    """
+    runs, best = result["runs"], result["best"]
+    figure = _figure(10.5, 1.6 + 0.36 * len(runs), 150)
+    left, right = figure.subplots(1, 2)
+    _set_frame(left, "Right pairs", "held out; hollow: the best, corrected for its selection")
+    _set_frame(right, "Log-ratio", "held out, nats a response; 0 is the reference")
+    for index, run in enumerate(runs):
+        _plot_interval(left, index, run["right"]["mean"], run["right"]["ci95"], BLUE)
+        if best and best["name"] == run["name"]:
+            _plot_interval(left, index + 0.22, best["corrected"], best["ci95"], GOLD, fill="white")
+        for offset, (side, color) in zip((-0.1, 0.1), COLORS.items(), strict=True):
+            _plot_interval(right, index + offset, run[side]["mean"], run[side]["ci95"], color)
+    _set_rows(left, [_plain(run["name"]) for run in runs])
+    _set_rows(right, [""] * len(runs))
+    right.axvline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
+    for axes in (left, right):
+        axes.set_xlabel("")
+    for side, color in COLORS.items():
+        right.plot([], [], "o", color=color, markersize=5, label=side)
+    right.legend(frameon=False, fontsize=8.5)
+    figure.savefig(path, format="png")
+
+
+def _plot_interval(
+    axes: Axes, row: float, value: float, interval: Sequence[float] | None, color: str, fill: str | None = None
+) -> None:
+    if interval:
+        axes.plot(interval, [row, row], color=color, linewidth=1.9, solid_capstyle="round")
+    axes.plot(value, row, "o", color=color, markersize=5, markerfacecolor=fill or color)
+
+
+def _set_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows, from the top."""
+    axes.set_yticks(list(range(len(names))), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _figure(width: float, height: float, dpi: int, **padding: Any) -> Figure:

@@ -4,6 +4,7 @@ model.safetensors or adapter_model.safetensors, config, generation config, token
 run.json          resolved recipe, versions, counts with drops, final metrics, seconds
 metrics.jsonl     one line per logging step
 samples.jsonl     answers to the same few prompts at each inspection
+held_out.jsonl    with `eval_rows`: the final rewards of each held-out pair
 dynamics.png      chosen and rejected, reward and log-prob, over training
 README.md         the model card
 checkpoint-STEP/  the state from which a stopped run resumes
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -33,13 +34,23 @@ from clair.storage.location import local
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+HELD_OUT = "held_out.jsonl"
 PICTURE = "dynamics.png"
 CARD = "README.md"
 
 _LAYOUT = ("pairs_per_step", "trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 """Keys that may change within a run if the pairs per step stay the same, which train.py checks."""
 Status = Literal["new", "unfinished", "finished"]
-MAY_CHANGE = ("out", "reference", "guard", "probe", "samples", "trainer.pack_tokens", "trainer.gradient_checkpointing")
+MAY_CHANGE = (
+    "out",
+    "reference",
+    "guard",
+    "eval_rows",
+    "probe",
+    "samples",
+    "trainer.pack_tokens",
+    "trainer.gradient_checkpointing",
+)
 """Keys of a recipe (and below them) that do not affect the trained weights: a run may resume with new values."""
 
 
@@ -160,15 +171,24 @@ def describe_counts(count: Mapping[str, Any]) -> str:
 
 
 def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
-    """Write the model card: base, objective, data, final metrics, the code to load the model, and the recipe."""
+    """Write the model card of a run's folder."""
+    write_atomically(out / CARD, card(out.resolve().name, run, adapter=adapter, base_model=run["recipe"]["model"]))
+
+
+def card(
+    name: str, run: Mapping[str, Any], *, adapter: bool, base_model: str | None, evidence: Sequence[str] = ()
+) -> str:
+    """The model card: base, objective, data, metrics, evaluations, the code to load the model, and the recipe.
+
+    `name` is the folder or repository to load; `evidence` are lines of Markdown about evaluations.
+    """
     recipe, metrics = run["recipe"], run["metrics"]
-    name = out.resolve().name
     objective = recipe["objective"]
     names = [objective] if isinstance(objective, str) else list(objective)
     package, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     head = {
         "library_name": package,
-        "base_model": recipe["model"],
+        **({"base_model": base_model} if base_model else {}),
         "pipeline_tag": "text-generation",
         "tags": ["apo", "preference-optimization", *names],
     }
@@ -177,16 +197,17 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
     left_out = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items()) or "none"
     text = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
-        f"# {name}\n",
+        f"# {name.rpartition('/')[2]}\n",
         f"{recipe['model']} trained with {objective_title(objective)} (beta {recipe['beta']}) on "
         f"{describe_size(run['data']['train'])} for {run['steps']:,} steps. Left out: {left_out}.\n",
         f"![Chosen and rejected over training]({PICTURE})\n",
         "At the last step:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",
+        *(["## Evaluation\n", "\n".join(evidence) + "\n"] if evidence else []),
         f'```python\nfrom {package} import {loader}\nmodel = {loader}.from_pretrained("{name}")\n```\n',
         "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) + "```\n",
         "Versions, counts and all metrics: `run.json` and `metrics.jsonl`. Made with clair-apo and TRL.\n",
     ]
-    write_atomically(out / CARD, "\n".join(text))
+    return "\n".join(text)
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -88,6 +88,8 @@ class TrainConfig(Recipe):
     pairs; `online`: at every step, by a second copy of the model."""
     guard: Guard | None = None
     """Held-out text and tasks on which the model must not get worse. Absent: none are measured."""
+    eval_rows: bool = False
+    """Write held_out.jsonl at the end: the rewards of each held-out pair. `apo sweep` sets it."""
     probe: Annotated[int, Field(ge=0)] | None = None
     """Pairs looked at token by token (token_diagnostics.py). Absent: one for a hundred trained, at most 16; 0: none."""
     samples: Annotated[int, Field(ge=0)] | None = None

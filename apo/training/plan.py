@@ -107,6 +107,8 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` sets it; leave one out")
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
+    if config.eval_rows and eval_pairs is None:
+        raise UserError("eval_rows: there are no held-out pairs; set `eval`, or leave it out")
     if config.lora:
         notes += check_adapter(name, lora_config(config))
     generation, context = load_generation_config(name), context_length(name)
@@ -115,6 +117,8 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         args.max_length, limit, advice = context, "the model's context", ""
     train = _tokenize(train_pairs, "train", tokenizer, generation, args, day)
     evaluated = _tokenize(eval_pairs, "eval", tokenizer, generation, args, day) if eval_pairs is not None else None
+    if config.eval_rows and evaluated and "pairs" not in evaluated.size():
+        raise UserError("eval_rows: the held-out rows are no pairs, but unpaired; set `eval` to pairs, or leave it out")
     train.notes.extend(evaluated.notes if evaluated else [])
     train.notes[:0] = notes
     args.check_dataset(train.dataset.column_names)

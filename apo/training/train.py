@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from apo.models.load import (
 )
 from apo.run_dir.files import (
     CARD,
+    HELD_OUT,
     METRICS,
     PICTURE,
     RUN,
@@ -41,7 +43,7 @@ from apo.run_dir.files import (
 from apo.training.config import TrainConfig, lora_config
 from apo.training.plan import Plan, estimate, plan
 from clair.core.errors import UserError, one_line
-from clair.core.files import write_json
+from clair.core.files import content_hash, write_atomically, write_json
 from clair.core.recipe import resolved
 from clair.pipeline.output_dir import LOCK, lock_output
 
@@ -161,7 +163,7 @@ def _train_planned(planned: Plan, status: Status, group: Group, log: Callable[[s
     checkpoint = group.broadcast_from_main(lambda: _resume(planned, facts, status, log))
     started = time.perf_counter()
     _run(trainer, group, checkpoint, out)
-    return _finish(trainer, group, out, time.perf_counter() - started)
+    return _finish(trainer, planned, group, time.perf_counter() - started)
 
 
 def _plan_on_all(config: TrainConfig, group: Group) -> Plan:
@@ -335,16 +337,31 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
 
 
-def _finish(trainer: APOTrainer, group: Group, out: Path, seconds: float) -> dict[str, Any]:
+def _finish(trainer: APOTrainer, planned: Plan, group: Group, seconds: float) -> dict[str, Any]:
     """Save the model, on all processes; then its plot, card and finished run.json, on rank 0."""
     from apo.monitoring.failures import stop_on_write_error
 
+    out, held_out = Path(planned.config.out), planned.config.eval_rows
+    logratios = trainer.held_out_logratios() if held_out else []
     with stop_on_write_error(trainer, "the trained model"):
         trainer.save_model(str(out / _FINAL))
+        if held_out and group.is_main:
+            _write_held_out(out, trainer.eval_dataset, logratios)
     return group.broadcast_from_main(lambda: _write_results(out, seconds))
 
 
 _FINAL = ".final"
+
+
+def _write_held_out(out: Path, pairs: Any, logratios: list[tuple[float, float, float]]) -> None:
+    """Write held_out.jsonl: `right` is 1 if the chosen answer has the larger reward, and 1/2 for a tie."""
+    rows = []
+    for index, (pair, (chosen, rejected, rounding)) in enumerate(zip(pairs, logratios, strict=True)):
+        right = 0.5 if abs(chosen - rejected) <= rounding else float(chosen > rejected)
+        prompt = content_hash(list(pair["prompt_ids"]))[:16]
+        row = {"id": str(pair.get("id", index)), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        rows.append(json.dumps({**row, "right": right}) + "\n")
+    write_atomically(out / HELD_OUT, "".join(rows))
 
 
 def _write_results(out: Path, seconds: float) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from apo.losses.saturation import objective_notes
 from apo.models.decomposed_lora import decompose, is_decomposed
 from apo.models.tensor_cache import hash_model
 from apo.monitoring.failures import NonFiniteLossCheck, check_gradient, check_weights_finite, stop_on_out_of_memory
-from apo.monitoring.metrics import COLUMNS, aggregate_metrics, per_pair_metrics
+from apo.monitoring.metrics import COLUMNS, ROUNDING, aggregate_metrics, per_pair_metrics
 from apo.monitoring.throughput import Meter, compute_scale
 from apo.packing.async_copy import to_device
 from apo.packing.batch import PairBatch, rotate_responses
@@ -292,17 +292,45 @@ class APOTrainer(CheckpointTrainer):
         Collective: every process calls it with the same examples, computes a share and gets all results. Draws no
         random number.
         """
+        return self._map_examples(examples, lambda batch: [self.logps(self.model, batch).chosen])[0].tolist()
+
+    def held_out_logratios(self) -> list[tuple[float, float, float]]:
+        """For each held-out pair: the log-ratios of both responses in nats, and the rounding of their difference.
+
+        For an objective without a reference, the mean log-probs of a token in their place. Collective, and without
+        random numbers.
+        """
+
+        def compute(batch: PairBatch) -> Sequence[torch.Tensor]:
+            policy = self.logps(self.model, batch)
+            rounding = ROUNDING * (policy.chosen_len + policy.rejected_len)
+            if not self.objective.needs_reference:
+                return policy.chosen / policy.chosen_len, policy.rejected / policy.rejected_len, 0 * rounding
+            reference = self._reference_logps(batch)
+            return policy.chosen - reference[0], policy.rejected - reference[1], rounding
+
+        examples = [dict(row) for row in cast(Dataset, self.eval_dataset)]
+        return [(*row,) for row in self._map_examples(examples, compute).T.tolist()]
+
+    def _map_examples(
+        self, examples: Sequence[dict[str, Any]], compute: Callable[[PairBatch], Sequence[torch.Tensor]]
+    ) -> torch.Tensor:
+        """What `compute` returns of a batch, C tensors [B], for all examples in order: [C, N] in float64.
+
+        Collective: each process computes a share, and all get all results.
+        """
         bins = self.logps.bins(examples, self.args.per_device_eval_batch_size)
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
-        logps = torch.zeros(len(examples), dtype=torch.float64, device=self.accelerator.device)
+        values = torch.zeros(0, len(examples), dtype=torch.float64, device=self.accelerator.device)
         with self.evaluation_mode():
             for start in range(0, len(bins), count):
                 has_bin = start + rank < len(bins)
                 indices = bins[start + rank] if has_bin else bins[0]  # all processes run equally many passes
-                chosen = self.logps(self.model, self.data_collator([examples[index] for index in indices])).chosen
+                columns = torch.stack([*compute(self.data_collator([examples[index] for index in indices]))])
+                values = values if len(values) else values.new_zeros(len(columns), len(examples))
                 if has_bin:
-                    logps[indices] = chosen.to(logps.dtype)
-        return self._sum_over_processes(logps).tolist()
+                    values[:, indices] = columns.to(values.dtype)
+        return self._sum_over_processes(values)
 
     @property
     def _reference(self) -> Any:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from clair.core.errors import UserError, one_line
+from clair.core.errors import UserError
 from clair.core.files import write_atomically
 from clair.core.recipe import resolve
 from clair.data.dataset import SPLITS, read_manifest, read_rows
 from clair.data.prompt_sources import each_prompt
 from clair.pipeline.config import BuildConfig, without_file_hashes
+from clair.storage.hub import push_files
 
 Form = Literal["preference", "unpaired", "text"]
 FORMS: tuple[Form, ...] = ("preference", "unpaired", "text")
@@ -57,30 +58,9 @@ def files_to_push(folder: str | Path) -> list[Path]:
 
 
 def push(folder: str | Path, name: str, *, private: bool) -> str:
-    """Send a dataset folder to the hub as `org/name`, with the token of the hub library. Returns the URL.
-
-    Raises UserError if the hub refuses it, or if `private` is set and the dataset exists and is public.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    api = HfApi()
-    try:
-        url = api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
-        if private and not api.dataset_info(name).private:
-            raise UserError(f"{name} exists already and is public; choose another name, or make it private on the hub")
-        api.upload_folder(
-            repo_id=name,
-            repo_type="dataset",
-            folder_path=folder,
-            allow_patterns=list(PUSHED),
-            commit_message="Preference pairs built by clair-apo",
-        )
-    except UserError:
-        raise
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"cannot push to {name}: {one_line(error)}") from error
-    return str(url)
+    """Send a dataset folder to the hub as `org/name` (`push_files`). Returns the URL."""
+    files = {str(file.relative_to(folder)): file for file in files_to_push(folder)}
+    return push_files(files, name, kind="dataset", private=private, message="Preference pairs built by clair-apo")
 
 
 def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, int, int]:

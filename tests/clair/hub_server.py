@@ -1,9 +1,10 @@
-"""The part of the hub's HTTP API that `clair push` needs: repositories, uploads in commits or through LFS, and a token.
+"""What `clair push` and `apo push` need of the hub's HTTP API: repositories, commits, uploads through LFS, and a token.
 
     python -m tests.clair.hub_server
 
 prints its URL, with /v1 added, and ends with its parent or after four hours. Only the token `right-token` may write;
-Parquet goes through LFS, as on the hub. GET /pushed lists every repository: its visibility, and its files, base64.
+Parquet and weights go through LFS, as on the hub. GET /pushed lists every repository: its visibility, and its files,
+base64.
 Written from the requests of huggingface_hub 2.4; what the hub itself answers, nobody here has seen.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from typing import Any
 
 from aiohttp import web
@@ -20,6 +22,8 @@ from recipes.world.server import run_server
 
 TOKEN = "right-token"
 SECONDS_TO_LIVE = 4 * 3600
+_LARGE = (".parquet", ".safetensors")
+_HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 
 
 class Hub:
@@ -37,14 +41,21 @@ class Hub:
                 web.get("/pushed", self.pushed),
                 web.post("/api/repos/create", self.create),
                 web.post("/api/validate-yaml", self.validate),
-                web.get("/api/datasets/{org}/{name}", self.information),
-                web.get("/api/datasets/{org}/{name}/revision/main", self.information),
-                web.post("/api/datasets/{org}/{name}/preupload/main", self.preupload),
-                web.post("/api/datasets/{org}/{name}/commit/main", self.commit),
                 web.post("/datasets/{org}/{name}.git/info/lfs/objects/batch", self.batch),
+                web.post("/{org}/{name}.git/info/lfs/objects/batch", self.batch),
                 web.put("/lfs/{oid}", self.upload),
             ]
         )
+        for kind in ("datasets", "models"):
+            repository = f"/api/{kind}/{{org}}/{{name}}"
+            app.add_routes(
+                [
+                    web.get(repository, self.information),
+                    web.get(f"{repository}/revision/main", self.information),
+                    web.post(f"{repository}/preupload/main", self.preupload),
+                    web.post(f"{repository}/commit/main", self.commit),
+                ]
+            )
         return app
 
     @web.middleware
@@ -65,16 +76,20 @@ class Hub:
     async def create(self, request: web.Request) -> web.Response:
         body = await request.json()
         name = f"{body.get('organization')}/{body['name']}"
+        folder = "datasets/" if body.get("type") == "dataset" else ""
+        url = f"{request.url.origin()}/{folder}{name}"
         if name in self.repositories:
-            url = {"url": f"{request.url.origin()}/datasets/{name}"}
-            return web.json_response({"error": "You already created this dataset repo", **url}, status=409)
+            return web.json_response({"error": "You already created this repo", "url": url}, status=409)
         self.repositories[name] = {"visibility": body.get("visibility"), "type": body.get("type"), "files": {}}
-        return web.json_response({"url": f"{request.url.origin()}/datasets/{name}", "id": name})
+        return web.json_response({"url": url, "id": name})
 
     async def validate(self, request: web.Request) -> web.Response:
-        """The card's front matter, as far as a key that every card of ours has."""
+        """The card's front matter, as far as a key that every card of ours has, and the name of a base model."""
         card = await request.json()
-        errors = [] if "task_categories:" in card["content"] else [{"message": "no task_categories"}]
+        key = "task_categories:" if card["repoType"] == "dataset" else "library_name:"
+        errors = [] if key in card["content"] else [{"message": f"no {key}"}]
+        if (base := re.search(r"^base_model: (.*)$", card["content"], re.M)) and not _HUB_NAME.fullmatch(base[1]):
+            errors.append({"message": f'"base_model" with value "{base[1]}" is not valid'})
         return web.json_response({"errors": errors, "warnings": []}, status=400 if errors else 200)
 
     async def information(self, request: web.Request) -> web.Response:
@@ -84,7 +99,7 @@ class Hub:
 
     async def preupload(self, request: web.Request) -> web.Response:
         files = [
-            {"path": path, "uploadMode": "lfs" if path.endswith(".parquet") else "regular", "shouldIgnore": False}
+            {"path": path, "uploadMode": "lfs" if path.endswith(_LARGE) else "regular", "shouldIgnore": False}
             for path in (file["path"] for file in (await request.json())["files"])
         ]
         return web.json_response({"files": files})
@@ -112,7 +127,7 @@ class Hub:
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "lfsFile":
                 files[line["value"]["path"]] = self.objects[line["value"]["oid"]]
-        url = f"{request.url.origin()}/datasets/{self._name(request)}"
+        url = f"{request.url.origin()}/{self._name(request)}"
         return web.json_response({"success": True, "commitUrl": f"{url}/commit/{'1' * 40}", "commitOid": "1" * 40})
 
     def _name(self, request: web.Request) -> str:

@@ -1,0 +1,146 @@
+"""The runs of a sweep: one recipe with every combination of the grid's values, each in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apo.cost.memory import check_fits, run_flops
+from apo.data.sources import hash_pairs
+from apo.run_dir.files import Status, run_status
+from apo.training.by_group import value_folder
+from apo.training.config import TrainConfig
+from apo.training.plan import estimate, plan
+from clair.core.errors import UserError, one_line
+from clair.core.out_folder import check_out_folder
+from clair.core.recipe import load_recipe, parse_yaml, resolved
+
+RESULT = "sweep.json"
+PICTURE = "sweep.png"
+_FIXED = {
+    "out": "each run has its own folder in the sweep's",
+    "by": "a sweep trains one model for each combination",
+    "eval": "all runs are compared on the same held-out pairs",
+    "eval_rows": "a sweep sets it",
+}
+"""Keys that no grid can have, and why."""
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One combination of the grid: the folder's name, the values by key, and the checked config.
+
+    `flops` are those of training alone, `reference_flops` those of the reference; None if they cannot be estimated.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    config: TrainConfig
+    status: Status = "new"
+    steps: int = 0
+    flops: float | None = None
+    reference_flops: float = 0.0
+    speed: float = 0.0
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.out)
+
+    @property
+    def overrides(self) -> list[str]:
+        """The grid's values as `--set` takes them, and the rows that a sweep compares."""
+        return [*(f"{key}={json.dumps(value)}" for key, value in self.values.items()), "eval_rows=true"]
+
+    @property
+    def reference(self) -> str:
+        """Equal for runs whose reference log-probs may be the same."""
+        keys = ("model", "dataset", "seed", "quantize")
+        return json.dumps([resolved(self.config)[key] for key in keys], sort_keys=True)
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """The values of each key of `--grid key=value,value`. They are YAML, as in `--set`. Raises UserError."""
+    grid: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not (equals and values.strip() and all(key.split("."))):
+            raise UserError(f"--grid takes key=value,value, got {text!r}; for example --grid beta=0.05,0.1")
+        if reason := _FIXED.get(key.partition(".")[0]):
+            raise UserError(f"--grid {key}: {reason}; leave it out, or set it for all runs with --set")
+        if key in grid:
+            raise UserError(f"--grid {key} stands twice; write all of its values into one")
+        try:
+            grid[key] = parse_yaml(f"[{values}]")
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--grid {key}: {values!r} are no values with commas between ({one_line(error)})"
+            ) from error
+        distinct = {json.dumps(value, sort_keys=True) for value in grid[key]}
+        if len(distinct) < 2 or len(distinct) < len(grid[key]):
+            problem = "is one value" if len(grid[key]) < 2 else "has a value twice"
+            raise UserError(
+                f"--grid {key}: {values!r} {problem}; give different values, or set it with --set {key}=..."
+            )
+    if not grid:
+        raise UserError("a sweep needs a grid, such as --grid beta=0.05,0.1")
+    return grid
+
+
+def expand_grid(
+    recipe: str | Path, grid: Mapping[str, Sequence[Any]], overrides: Sequence[str], out: str | None = None
+) -> list[SweepRun]:
+    """The runs of a sweep, the last key varying fastest. Raises UserError for a recipe that a run cannot have."""
+    base = load_recipe(TrainConfig, recipe, overrides)
+    folder = Path(out or base.out)
+    if base.by is not None:
+        raise UserError("by: a sweep trains one model for each combination; leave it out, or choose a group by `where`")
+    check_out_folder(folder, "sweep", [RESULT])
+    last_parts = [key.rpartition(".")[2] for key in grid]
+    labels = last_parts if len(set(last_parts)) == len(grid) else list(grid)
+    runs: dict[str, SweepRun] = {}
+    for combination in product(*grid.values()):
+        texts = (value if isinstance(value, str) else json.dumps(value) for value in combination)
+        name = "_".join(value_folder(f"{label}-{text}") for label, text in zip(labels, texts, strict=True))
+        run = SweepRun(name, dict(zip(grid, combination, strict=True)), base)
+        if (other := runs.setdefault(name.casefold(), run)) is not run:
+            raise UserError(f"--grid: {dict(other.values)} and {dict(run.values)} would share the folder {name}")
+        config = load_recipe(TrainConfig, recipe, [*overrides, *run.overrides])
+        runs[name.casefold()] = replace(run, config=config.model_copy(update={"out": str(folder / name)}))
+    return list(runs.values())
+
+
+def check_runs(runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """The runs with status, steps and cost, each checked as `apo train` checks it, without loading a weight.
+
+    Raises UserError, which names the run, for the first that cannot be trained, and if held-out pairs differ.
+    """
+    checked, held_out = [], set()
+    for run in runs:
+        try:
+            status = run_status(run.out, resolved(run.config))
+            planned = plan(run.config)
+            costs = estimate(planned)
+            if not isinstance(costs, str):
+                check_fits(costs.here, costs.machine)
+        except UserError as error:
+            raise UserError(f"{run.name}: {error}") from error
+        assert planned.eval is not None, "eval_rows needs held-out pairs"
+        held_out.add(hash_pairs(planned.eval.dataset))
+        if len(held_out) > 1:
+            raise UserError(
+                f"{run.name} has other held-out pairs than {runs[0].name}; name the same for all with `eval`"
+            )
+        run = replace(run, status=status, steps=planned.steps)
+        if not isinstance(costs, str):
+            total, reference = run_flops(costs.here)
+            reference = reference if planned.args.precompute_ref_log_probs else 0.0
+            run = replace(run, flops=total - reference, reference_flops=reference, speed=costs.machine.flops)
+        checked.append(run)
+    return checked

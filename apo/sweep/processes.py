@@ -1,0 +1,131 @@
+"""Train the runs of a sweep: each in a process of its own, one at a time on each GPU, or one after another on a CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from apo.monitoring.metrics import series
+from apo.run_dir.files import METRICS, RUN, read_log, run_status
+from apo.sweep.grid import SweepRun
+from clair.core.errors import EXIT_INTERRUPTED, UserError, one_line
+from clair.core.progress import Progress
+from clair.core.recipe import resolved
+
+_POLL_SECONDS = 0.2
+
+
+def visible_devices() -> list[str | None]:
+    """The value of CUDA_VISIBLE_DEVICES for each process that may run at the same time; [None]: one, as it is."""
+    import torch
+
+    count = torch.cuda.device_count()
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = listed[:count] if any(listed) else [str(index) for index in range(count)]
+    return [*names] if count > 1 else [None]
+
+
+def train_runs(
+    runs: Sequence[SweepRun], arguments: Sequence[str], devices: Sequence[str | None], progress: Progress
+) -> dict[str, str]:
+    """Train the runs that are not finished by `apo train` with these `arguments`. Returns the errors by run.
+
+    Of runs that may share reference log-probs, one begins at a time: the first computes them, the others read them from
+    the cache. Raises KeyboardInterrupt after Ctrl-C, when each process has saved a checkpoint.
+    """
+    waiting = [run for run in runs if run.status != "finished"]
+    free, running, errors = list(devices), dict[Any, tuple[SweepRun, str | None]](), dict[str, str]()
+    with _processes(running):
+        while waiting or running:
+            starting = {run.reference for run, _ in running.values() if not (run.out / RUN).exists()}
+            ready = next((run for run in waiting if run.reference not in starting), None)
+            if ready and free:
+                waiting.remove(ready)
+                device = free.pop(0)
+                running[_start(ready, arguments, device)] = ready, device
+                continue
+            for process in [process for process in running if process.poll() is not None]:
+                run, device = running.pop(process)
+                free.append(device)
+                progress.advance()
+                if process.returncode == EXIT_INTERRUPTED:
+                    raise KeyboardInterrupt
+                if process.returncode:
+                    errors[run.name] = _last_line(log_file(run)) or f"ended with code {process.returncode}"
+            progress.details = lambda: [_describe(run) for run, _ in list(running.values())]
+            time.sleep(_POLL_SECONDS)
+    return errors
+
+
+def log_file(run: SweepRun) -> Path:
+    """The file with the messages of a run's process."""
+    return run.out.with_name(f"{run.name}.log")
+
+
+def train_command(run: SweepRun, arguments: Sequence[str]) -> list[str]:
+    """The arguments of `apo` that train a run; `arguments` are the recipe and the `--set` of all runs."""
+    sets = [part for override in run.overrides for part in ("--set", override)]
+    return ["train", *arguments, *sets, "--out", run.config.out]
+
+
+def _start(run: SweepRun, arguments: Sequence[str], device: str | None) -> subprocess.Popen[bytes]:
+    visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+    with open(log_file(run), "ab") as log:
+        # A session of its own: Ctrl-C reaches it once, from here.
+        return subprocess.Popen(  # noqa: S603  # this program
+            [sys.executable, "-m", "apo.cli", *train_command(run, arguments)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **visible}, start_new_session=True,
+        )  # fmt: skip
+
+
+@contextmanager
+def _processes(running: dict[Any, tuple[SweepRun, str | None]]) -> Iterator[None]:
+    """End all processes that are running if the block ends early: they save a checkpoint. SIGTERM acts as Ctrl-C."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        try:
+            for process in running:
+                process.send_signal(signal.SIGINT)
+            for process in running:
+                process.wait()
+        except KeyboardInterrupt:  # a second Ctrl-C: they stop at once
+            for process in running:
+                process.kill()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _describe(run: SweepRun) -> str:
+    steps = series(read_log(run.out / METRICS), "loss")[0]
+    return f"{run.name}: step {steps[-1] if steps else 0:,} of {run.steps:,}"
+
+
+def _last_line(file: Path) -> str:
+    lines = file.read_text("utf-8", "replace").strip().splitlines()
+    return one_line(lines[-1].removeprefix("error: ")) if lines else ""
+
+
+def unfinished(runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """The runs that have not finished."""
+
+    def is_finished(run: SweepRun) -> bool:
+        try:
+            return run_status(run.out, resolved(run.config)) == "finished"
+        except UserError:
+            return False
+
+    return [run for run in runs if not is_finished(run)]
