@@ -172,6 +172,48 @@ def winrate(
 
 
 @app.command(context_settings=EXTRA_ARGUMENTS)
+def judge_stability(
+    context: typer.Context,
+    recipe: RecipeFile = None,
+    out: Out = None,
+    set_: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure how often a judge of MixEval changes its verdict, and what that does to a difference of two models."""
+    import yaml
+
+    from apo.evaluation.config import redacted
+    from apo.evaluation.stability.config import StabilityConfig, load_inputs
+    from apo.evaluation.stability.run import measure_stability, work_items
+    from apo.evaluation.tables import stability_notes, stability_table
+    from clair.core.console import show as print_
+    from clair.terminal import client_progress
+
+    config = read_recipe(context, StabilityConfig, recipe, set_, out)
+    inputs = load_inputs(config)
+    total = len(work_items(config, inputs))
+    if dry_run:
+        print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+        print(f"# {len(inputs.answers['base']):,} rows, {total:,} judgements; equal requests share one")
+        return
+    calls = dict.fromkeys(config.models, total // len(config.models))
+    with client_progress("judging", total, calls, closing=True) as on_progress:
+        outcome = measure_stability(config, inputs=inputs, on_progress=on_progress)
+    failed = (
+        f"{outcome.failed} judgements got no reply ({outcome.first_failure}), so there is no result; everything else "
+        f"is kept, run the same command again"
+    )
+    end_early(outcome.stopped, failed if outcome.result is None else None)
+    assert outcome.result is not None, "an outcome without a result ends the command"
+    print_(stability_table(outcome.result))
+    for note in stability_notes(outcome.result):
+        print_(note)
+    if outcome.refused:
+        print_line(f"{outcome.result['refused']} rows were refused ({outcome.refused}) and are left out of all numbers")
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command(context_settings=EXTRA_ARGUMENTS)
 def pairs(
     context: typer.Context,
     recipe: RecipeFile = None,

@@ -188,6 +188,46 @@ def winrate_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def stability_table(result: Mapping[str, Any]) -> Table:
+    """The numbers of `apo eval judge-stability`, in per cent or points, each with its 95 % interval."""
+    title = f"{result['answers']:,} answers to {result['questions']:,} questions, judged {result['repeats']} times"
+    table = Table("", "mean", "95 % interval", title=title)
+    for role, judge in result["judges"].items():
+        table.add_row(f"{role}: {result['judged_by'][role]['name']}", "", "")
+        for name, flips in judge["flips"].items():
+            table.add_row(f"  {name}: flips right and wrong, %", *_share(flips["flips"]))
+        overall = judge["flips"]["overall"]
+        table.add_row("  changes the score, %", *_share(overall["changes"]))
+        table.add_row("  judgements all agree, %", *_share(overall["unanimous"]))
+        table.add_row("  no verdict, %", _percent(result["unreadable"][role]), "")
+        delta = judge["difference"]
+        table.add_row("  tuned minus base, points", f"{100 * delta['mean']:+.1f}", _points(delta.get("ci95")))
+        spread = min(delta["by_repeat"]), max(delta["by_repeat"])
+        table.add_row("  ... of each judgement", "", _points(spread), end_section=True)
+    if between := result["between"]:
+        table.add_row("between the two judges: flips, %", *_share(between["overall"]["flips"]))
+        shift = between["overall"]["score_difference"]
+        table.add_row("  second's scores, points", f"{100 * shift['mean']:+.1f}", _points(shift["ci95"]))
+        change = between["difference_change"]
+        table.add_row("  second's tuned minus base, points", f"{100 * change['mean']:+.1f}", _points(change["ci95"]))
+    return table
+
+
+def stability_notes(result: Mapping[str, Any]) -> Iterator[str]:
+    """What each judge's instability does to the difference of the two models."""
+    for role, judge in result["judges"].items():
+        if not (widths := judge["difference"]["half_width"]):
+            yield "all answers are to one question, so the difference has no interval"
+            return
+        one, several, steady = (f"{100 * widths[name]:.2f}" for name in ("one", "all", "steady"))
+        widening = judge["difference"]["widening"]
+        wider = "" if widening is None else f", {100 * widening:.1f} % wider than by a judge that never changes"
+        yield (
+            f"{role}: judged once, the difference is known to +-{one} points{wider} (+-{steady}); judged "
+            f"{result['repeats']} times, to +-{several}."
+        )
+
+
 def pairs_table(result: Mapping[str, Any]) -> Table:
     """The numbers of `apo eval pairs`, each with its 95 % interval."""
     title = f"{result['pairs']:,} held-out pairs of {result['prompts']:,} prompts, beta {result['beta']:g}"

@@ -31,6 +31,7 @@ def configs() -> dict[str, type[BaseModel]]:
     from apo.evaluation.ifeval.config import IFEvalConfig
     from apo.evaluation.mixeval.config import MixEvalConfig
     from apo.evaluation.pairs import PairsConfig
+    from apo.evaluation.stability.config import StabilityConfig
     from apo.evaluation.winrate.run import WinrateConfig
     from apo.guarantees.config import CalibrateConfig, CertifyConfig
     from apo.rewards.config import AdaptConfig, FitConfig, ScoreConfig, SelectConfig
@@ -38,7 +39,7 @@ def configs() -> dict[str, type[BaseModel]]:
     from clair.pipeline.config import BuildConfig
 
     # The roles of evaluations are those of builds, with other defaults: only their own keys have tables.
-    evaluations = [AdviseConfig, IFEvalConfig, MixEvalConfig, WinrateConfig, PairsConfig]
+    evaluations = [AdviseConfig, IFEvalConfig, MixEvalConfig, WinrateConfig, PairsConfig, StabilityConfig]
     analyses = [DistinguishConfig, CalibrateConfig, CertifyConfig, SelectConfig, FitConfig, ScoreConfig, AdaptConfig]
     by_name: dict[str, type[BaseModel]] = {model.__name__: model for model in evaluations + analyses}
     todo: list[type[BaseModel]] = [BuildConfig, TrainConfig]

@@ -12,7 +12,7 @@ from apo.evaluation.answers import Answer, check_system_prompt
 from apo.evaluation.config import BenchmarkConfig, check_result_folder, with_batch_tokens
 from apo.evaluation.mixeval.answers import read_responses
 from apo.evaluation.mixeval.benchmark import VERSIONS, Benchmark, HardOrFull, JudgePrompts, load, load_judge_prompts
-from apo.evaluation.mixeval.judging import request_options
+from apo.evaluation.mixeval.judging import with_profile
 from apo.evaluation.results import SCORE, Profile
 from clair.inference.config import ModelConfig
 from clair.inference.open import check_models
@@ -52,9 +52,7 @@ class MixEvalConfig(BenchmarkConfig):
         """The models that get requests, by role; the judge with the profile's request options."""
         roles = {"model": with_batch_tokens(self.model)} if self.model else {}
         if self.judge != "rule":
-            options = request_options(self.profile, self.seed)
-            limits = {"temperature": options.pop("temperature", None), "max_tokens": options.pop("max_tokens")}
-            roles["judge"] = self.judge.model_copy(update={**limits, "extra": {**self.judge.extra, **options}})
+            roles["judge"] = with_profile(self.judge, self.profile, self.seed)
         return roles
 
 

@@ -23,6 +23,7 @@ from apo.evaluation.results import Item, Profile
 from clair.core.files import content_hash
 from clair.data.records import Dropped, Reply
 from clair.inference.client import ModelClient
+from clair.inference.config import ModelConfig
 
 MAX_TOKENS = 999
 ROUNDS: Mapping[Profile, int] = {"faithful": 10, "strict": 1}
@@ -56,6 +57,13 @@ def request_options(profile: Profile, seed: int) -> dict[str, Any]:
     """The options of the judge's request besides model and messages."""
     strict = {"temperature": 0.0, "seed": seed} if profile == "strict" else {}
     return {"max_tokens": MAX_TOKENS, "response_format": {"type": "text"}, **strict}
+
+
+def with_profile(judge: ModelConfig, profile: Profile, seed: int) -> ModelConfig:
+    """The judge with the profile's request options."""
+    options = request_options(profile, seed)
+    limits = {"temperature": options.pop("temperature", None), "max_tokens": options.pop("max_tokens")}
+    return judge.model_copy(update={**limits, "extra": {**judge.extra, **options}})
 
 
 def read_verdict(reply: Reply, row: BenchmarkRow, profile: Profile) -> Verdict:
@@ -124,12 +132,15 @@ class Judge:
     distinct: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(prompt, completion) tokens of each distinct request that was answered, by hash."""
 
-    async def judge(self, answer: Answer) -> JudgeResult:
-        """Send requests until there is a verdict, in at most the profile's rounds. Raises Dropped without a reply."""
+    async def judge(self, answer: Answer, repeat: int = 0) -> JudgeResult:
+        """Send requests until there is a verdict, in at most the profile's rounds. Raises Dropped without a reply.
+
+        Each `repeat` has requests of its own; the first shares those of an evaluation.
+        """
         messages = self.judge_prompts.messages(answer.row, answer.text)
         judged = JudgeResult(Verdict(None))
         for round_ in range(ROUNDS[self.profile]):
-            sample = self._first_sample(answer) + round_
+            sample = self._first_sample(answer) + ROUNDS["faithful"] * repeat + round_
             try:
                 reply = await self.client.complete(messages, row=answer.name, sample=sample)
             except Dropped as dropped:

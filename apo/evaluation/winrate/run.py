@@ -30,6 +30,7 @@ from apo.evaluation.config import (
     with_batch_tokens,
 )
 from apo.evaluation.rows import Progress, collect_results
+from apo.evaluation.winrate.alpaca_eval import generator_of, with_columns, write_answer_files
 from apo.evaluation.winrate.verdicts import SIDES, AnswerText, Comparison, prompt_key, summary, unresolved_counts
 from clair.core.errors import UserError, one_line
 from clair.core.event_loop import run_async
@@ -63,7 +64,7 @@ class WinrateConfig(EvaluationConfig):
 
     prompts: PromptSource
     base: AnswererConfig | str
-    """A model that answers, or a file of prompts, each with an `answer`."""
+    """A model that answers, or a file of prompts, each with an `answer`, or AlpacaEval's answer file."""
     tuned: AnswererConfig | str
     judge: JudgeConfig
     samples: int = Field(default=1, ge=1)
@@ -102,7 +103,7 @@ def load_inputs(config: WinrateConfig) -> WinrateInputs:
     template = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
     check_models(config.models, config.budget, config.seed)
     prompts, left_out = {}, Counter()
-    for prompt, reason in each_prompt(config.prompts, config.limit):
+    for prompt, reason in each_prompt(with_columns(config.prompts), config.limit):
         if reason or prompt_key(prompt) in prompts:
             left_out[reason or "duplicate"] += 1
         else:
@@ -117,9 +118,11 @@ def load_inputs(config: WinrateConfig) -> WinrateInputs:
 def _read_answers(side: str, file: str, prompts: Mapping[str, Prompt], samples: int) -> dict[str, list[str]]:
     """Read the answers in a file, by prompt. Raises UserError if a prompt has another number of them than `samples`."""
     answers: dict[str, list[str]] = defaultdict(list)
-    for row in read_prompts(PromptSource.model_validate({"path": file})):
-        if row.answer is not None:
-            answers[prompt_key(row)].append(row.answer)
+    source = with_columns(PromptSource.model_validate({"path": file}))
+    generator_of(file)
+    for row in read_prompts(source):
+        if row.answer is not None or source.columns:  # an empty output is an answer
+            answers[prompt_key(row)].append(row.answer or "")
     missing = [prompt for key, prompt in prompts.items() if len(answers[key]) != samples]
     if missing:
         count, opening = len(answers[prompt_key(missing[0])]), one_line(task_text(missing[0].messages), 60)
@@ -262,6 +265,8 @@ async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_
         counts = ", ".join(f"{count} {reason}" for reason, count in unresolved_counts(compared).items())
         counts += "".join(f" ({refusal})" for refusal in run.refusals[:1])
         raise UserError(f"no comparison has a verdict: {counts}; send one request by hand, or use another judge")
+    models = {role: _model(config, role, clients) for role in (*SIDES, "judge")}
+    write_answer_files(out, compared, {side: models[side]["name"] for side in SIDES})
     lines = "".join(json.dumps(comparison.row(), ensure_ascii=False) + "\n" for comparison in compared)
     write_atomically(out / ITEMS, lines.encode("utf-8", "backslashreplace"))
     numbers = summary(compared)
@@ -273,7 +278,7 @@ async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_
         **numbers,
         "position": position_bias(run.judge.verdicts) if run.judge.verdicts else None,
         "left_out": dict(inputs.left_out),
-        **{role: _model(config, role, clients) for role in (*SIDES, "judge")},
+        **models,
         "usage": _usage(config, clients),
         "settings": redacted(config),
         **provenance(),
@@ -286,7 +291,8 @@ async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_
 def _model(config: WinrateConfig, role: str, clients: Mapping[str, ModelClient]) -> dict[str, Any]:
     if role not in clients:
         file = Path(getattr(config, role))
-        return {"name": file.name, "identity": f"answers:{hashlib.sha256(file.read_bytes()).hexdigest()}"}
+        name = generator_of(str(file)) or file.name
+        return {"name": name, "identity": f"answers:{hashlib.sha256(file.read_bytes()).hexdigest()}"}
     return model_used(clients[role]).model_dump()
 
 

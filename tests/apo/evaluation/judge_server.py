@@ -5,8 +5,8 @@
 prints its URL and ends with its parent or after four hours. What it says stands in the text it is asked about:
 `<<[[0.7]]>>` is the reply, `<<a|b>>` one reply for each time that the same body comes, the last one ever after.
 `LENGTH:text` ends at a limit of tokens, `FILTER:text` in a content filter, `HTTP400` is that status, `BODY429` an error
-of that code in the body of a 200. Without such a script a judge (model `j`) gives a verdict that follows from a hash of
-the request, a model (any other name) an answer that does.
+of that code in the body of a 200. Without such a script a judge (model `j` or `j2`) gives a verdict that follows from a
+hash of the request, a model (any other name) an answer that does.
 GET /seen lists the bodies of all requests; GET /paid their number; GET /forget forgets them.
 """
 
@@ -49,7 +49,7 @@ class Server:
         return app
 
     async def models(self, _: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "j"}, {"id": "t"}]})
+        return web.json_response({"data": [{"id": "j"}, {"id": "j2"}, {"id": "t"}]})
 
     async def send_requests(self, _: web.Request) -> web.Response:
         return web.json_response(self.requests)
@@ -88,7 +88,7 @@ class Server:
             steps = script[1].split("|")
             return steps[min(self.tries[key], len(steps)) - 1]
         number = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
-        if body["model"] != "j":
+        if body["model"] not in ("j", "j2"):
             return f"It is {number % 7}."
         if "xtract" in body["messages"][0]["content"]:
             return f"The option chosen by the model: [[{'AB'[number % 2]}]]."

@@ -21,6 +21,7 @@ from clair.core.errors import UserError
 from clair.inference.model_folder import weights_identity
 from recipes.world.running import running_module
 from tests.apo.conftest import TRAINER, make_model, make_pairs, make_tokenizer, write_jsonl
+from tests.apo.evaluation.evaluating import apo
 
 TOKEN = "hf_plantedtoken1234567890"
 
@@ -54,9 +55,16 @@ def pushed(hub: str) -> dict:
 
 
 def apo_push(hub: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`apo push` as a user runs it, but that the hub is the stand-in; Xet, which has its own protocol, is off."""
     online = {"HF_ENDPOINT": hub, "HF_TOKEN": "right-token", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "apo.cli", "push", *map(str, arguments)]
-    return subprocess.run(command, env={**os.environ, **online}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env={**os.environ, **online}, capture_output=True, text=True, timeout=900)
+
+
+def pushed_files(run: Path, **changes) -> dict[str, bytes]:
+    """What a push would send, by path."""
+    files = files_to_push(run, "org/name", **{"checkpoint": None, "base": None, "evidence": [], **changes})
+    return {path: content if isinstance(content, bytes) else content.read_bytes() for path, content in files.items()}
 
 
 def write_pairs_result(folder: Path, model: Path) -> Path:
@@ -80,9 +88,9 @@ def test_a_push_sends_the_model_and_its_evidence_privately_and_nothing_else(hub,
     evidence = write_pairs_result(tmp_path / "pairs", run), write_winrate(tmp_path / "rate", weights_identity(run))
     arguments = [run, "org/tuned", "--evidence", evidence[0], "--evidence", evidence[1]]
     requests = len(pushed(hub)["seen"])
-    shown = apo_push(hub, *arguments)
-    assert shown.returncode == 0, shown.stderr
-    assert "nothing was sent; add --yes" in shown.stdout
+    shown = apo(*("push", *arguments))
+    assert shown.code == 0, shown
+    assert re.search(r"nothing was sent; add --yes to send these \d+ files to org/tuned \(private\)", shown.out)
     assert pushed(hub)["seen"][requests:] == ["GET /pushed"]
     sent = apo_push(hub, *arguments, "--yes")
     assert sent.returncode == 0, sent.stderr
@@ -94,7 +102,7 @@ def test_a_push_sends_the_model_and_its_evidence_privately_and_nothing_else(hub,
     allowed = r"README.md|run.json|metrics.jsonl|dynamics.png|model.safetensors|chat_template.jinja|.*config.json|"
     assert all(re.fullmatch(allowed + "tokenizer.json|special_tokens_map.json", name) for name in files), sorted(files)
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
-    assert all(f"{path}  {len(content):,} bytes" in shown.stdout for path, content in files.items())
+    assert all(f"{path}  {len(content):,} bytes" in shown.out for path, content in files.items())
     private = TOKEN, str(trained / "model")
     assert not [path for path, content in files.items() if any(text.encode() in content for text in private)]
     card = files["README.md"].decode()
@@ -105,12 +113,8 @@ def test_a_push_sends_the_model_and_its_evidence_privately_and_nothing_else(hub,
     assert json.loads(files["run.json"])["recipe"]["model"] == "model"
 
 
-def test_a_checkpoint_is_pushed_with_the_metrics_of_its_step(hub, trained):
-    sent = apo_push(hub, trained / "run", "org/step", "--checkpoint", 2, "--public", "--base", "org/base", "--yes")
-    assert sent.returncode == 0, sent.stderr
-    repository = pushed(hub)["repositories"]["org/step"]
-    files = {path: base64.b64decode(content) for path, content in repository["files"].items()}
-    assert repository["visibility"] != "private"
+def test_a_checkpoint_is_pushed_with_the_metrics_of_its_step(trained):
+    files = pushed_files(trained / "run", checkpoint=2, base="org/base")
     assert files["model.safetensors"] == (trained / "run/checkpoint-2/model.safetensors").read_bytes()
     assert not [name for name in files if name.endswith((".pt", ".pth")) or "state" in name or "complete" in name]
     card = files["README.md"].decode()
@@ -119,15 +123,20 @@ def test_a_checkpoint_is_pushed_with_the_metrics_of_its_step(hub, trained):
     assert max(json.loads(line)["step"] for line in files["metrics.jsonl"].splitlines()) == 2
 
 
-def test_an_adapter_names_its_base_on_the_hub(hub, trained):
-    refused = apo_push(hub, trained / "adapter", "org/adapter")
-    assert refused.returncode == 2
-    assert "names its base by a folder of this machine" in refused.stderr
-    assert apo_push(hub, trained / "adapter", "org/adapter", "--base", "org/base", "--yes").returncode == 0
-    files = pushed(hub)["repositories"]["org/adapter"]["files"]
-    config = json.loads(base64.b64decode(files["adapter_config.json"]))
-    assert config["base_model_name_or_path"] == "org/base"
-    assert "adapter_model.safetensors" in files
+def test_an_adapter_names_its_base_on_the_hub(trained):
+    assert "names its base by a folder of this machine" in problem(trained / "adapter")
+    files = pushed_files(trained / "adapter", base="org/base")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert {"adapter_model.safetensors", "README.md"} <= set(files)
+    assert "model.safetensors" not in files
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_model_is_private_unless_it_is_to_be_public(monkeypatch, trained, public):
+    sent: dict = {}
+    monkeypatch.setattr("clair.storage.hub.push_files", lambda files, name, **more: sent.update(more) or "url")
+    assert apo("push", trained / "run", "org/name", "--yes", *(["--public"] if public else [])).code == 0
+    assert sent == {"kind": "model", "private": not public, "message": "Trained with clair-apo"}
 
 
 def problem(run: Path, **changes) -> str:
@@ -160,10 +169,3 @@ def test_a_damaged_checkpoint_is_not_pushed(trained, tmp_path):
         file.seek(-1, 2)
         file.write(b"\xff")
     assert "model.safetensors is damaged" in problem(tmp_path / "run", checkpoint=2)
-
-
-def test_a_public_model_is_not_sent_to_as_private(hub, trained):
-    assert apo_push(hub, trained / "run", "org/open", "--public", "--yes").returncode == 0
-    result = apo_push(hub, trained / "run", "org/open", "--yes")
-    assert result.returncode == 2
-    assert "error: org/open exists already and is public" in result.stderr

@@ -373,3 +373,60 @@ def test_a_side_that_is_no_file_is_named(tmp_path):
     result = apo(*winrate_command(tmp_path, "http://127.0.0.1:9/v1", "j"), "--set", "tuned=nowhere")
     assert result.code == 2
     assert "nowhere" in result.err
+
+
+# ---- AlpacaEval's answer files
+
+
+def alpaca_file(folder: Path, name: str, right: range, **more: object) -> Path:
+    rows = [
+        {"instruction": task.prompt, "output": task.right if n in right else task.wrong, "generator": name, **more}
+        for n, task in enumerate(TASKS)
+    ]
+    (folder / f"{name}.json").write_text(json.dumps(rows), "utf-8")
+    return folder / f"{name}.json"
+
+
+def test_answers_of_alpaca_eval_are_read_and_written(tmp_path, world):
+    base, tuned = (
+        alpaca_file(tmp_path, "gpt-x", range(10), dataset="helpful_base"),
+        alpaca_file(tmp_path, "m", range(30)),
+    )
+    files = {"prompts": {"path": str(base)}, "base": str(base), "tuned": str(tuned)}
+    result = measure_win_rate(settings(tmp_path, world.url, **files)).result
+    assert result is not None
+    assert (result["base"]["name"], result["tuned"]["name"]) == ("gpt-x", "m")
+    assert result["win_rate"]["mean"] == pytest.approx((10 * 0.5 + 20 + 10 * 0.5) / 40)
+    written = json.loads((tmp_path / "out/tuned.json").read_text())
+    assert written == [
+        {key: row[key] for key in ("instruction", "output", "generator")} for row in json.loads(tuned.read_text())
+    ]
+    # What was written is an answer file again, as for a comparison of another model with the same answers.
+    files = {**files, "base": str(tmp_path / "out/base.json"), "tuned": str(tmp_path / "out/tuned.json")}
+    again = measure_win_rate(settings(tmp_path, world.url, **files, out=str(tmp_path / "again"))).result
+    assert again is not None
+    assert again["win_rate"] == result["win_rate"]
+    assert again["base"]["name"] == "gpt-x"
+
+
+def test_an_empty_output_is_an_answer_and_answers_of_two_models_are_none(tmp_path, world):
+    base, tuned = alpaca_file(tmp_path, "a", range(10)), alpaca_file(tmp_path, "b", range(30))
+    rows = json.loads(tuned.read_text())
+    rows[0]["output"] = ""
+    tuned.write_text(json.dumps(rows))
+    files = {"prompts": {"path": str(base)}, "base": str(base), "tuned": str(tuned)}
+    inputs = load_inputs(settings(tmp_path, world.url, **files))
+    assert next(iter(inputs.ready_answers["tuned"].values())) == [""]
+    rows[1]["generator"] = "c"
+    tuned.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="answers of several models, 'b', 'c'"):
+        load_inputs(settings(tmp_path, world.url, **files))
+
+
+def test_conversations_and_several_answers_are_not_written_as_answers_of_alpaca_eval(tmp_path, world):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+    for name in ("base", "tuned"):
+        row = {"prompt": [*turns, {"role": "user", "content": TASKS[0].prompt}], "answer": f"{name} says 3"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    assert measure_win_rate(settings(tmp_path, world.url)).result is not None
+    assert not (tmp_path / "out/base.json").exists()

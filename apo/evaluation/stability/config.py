@@ -1,0 +1,96 @@
+"""The settings of a measurement of judges, and its inputs, which are checked before anything is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import Field, model_validator
+
+from apo.evaluation.answers import Answer
+from apo.evaluation.config import EvaluationConfig, check_result_folder
+from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts, load, load_judge_prompts
+from apo.evaluation.mixeval.judging import with_profile
+from apo.evaluation.results import Item, Profile, Score, read_results
+from clair.core.errors import UserError
+from clair.inference.config import ModelConfig
+from clair.inference.open import check_models
+
+RESULT = "stability.json"
+ROWS = "judgements.jsonl"
+JUDGES = ("judge", "second_judge")
+SIDES = ("base", "tuned")
+
+
+class StabilityConfig(EvaluationConfig):
+    """The answers of two models to MixEval, the judges, and how often each judges every answer."""
+
+    data: str
+    base: str
+    """The result folder of `apo eval mixeval` whose answers are judged again."""
+    tuned: str
+    judge: ModelConfig
+    second_judge: ModelConfig | None = None
+    repeats: int = Field(default=5, ge=2)
+    profile: Profile = "faithful"
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first rows of each split."""
+    seed: int = Field(default=42, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> StabilityConfig:
+        if self.second_judge == self.judge:
+            raise ValueError("second_judge is the judge itself; give another one, or leave it out")
+        return self
+
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        """The judges by role, with the profile's request options."""
+        judges = {role: getattr(self, role) for role in JUDGES}
+        return {role: with_profile(judge, self.profile, self.seed) for role, judge in judges.items() if judge}
+
+
+@dataclass(frozen=True, slots=True)
+class StabilityInputs:
+    """The answers to judge, by model; those that a server refused are left out of both, and counted."""
+
+    answers: Mapping[str, list[Answer[BenchmarkRow]]]
+    judge_prompts: JudgePrompts
+    names: Mapping[str, str]
+    left_out: int
+
+
+def load_inputs(config: StabilityConfig) -> StabilityInputs:
+    """Load and check all inputs before a request is sent or a file is written. Raises UserError."""
+    check_result_folder(config, RESULT)
+    check_models(config.models, config.budget, config.seed)
+    results = {side: read_results(getattr(config, side)) for side in SIDES}
+    scores: dict[str, Score] = {}
+    for side, result in results.items():
+        if not isinstance(result.score, Score):
+            raise UserError(f"{side}: {result.folder} is of {result.score.benchmark}, not of MixEval; give MixEval's")
+        scores[side] = result.score
+    base, tuned = scores.values()
+    for key in ("version", "split", "data", "limit", "samples", "system"):
+        if (mine := getattr(tuned, key)) != (other := getattr(base, key)):
+            raise UserError(f"{config.tuned} and {config.base} differ in {key}: {mine!r} and {other!r}; use equal ones")
+    benchmark = load(config.data, base.version, base.split)
+    if dict(benchmark.sha256) != dict(base.data):
+        raise UserError(f"data {config.data} is not the data that {config.base} was evaluated on; give that folder")
+    rows = {(row.split, row.row): row for row in benchmark.all_rows if config.limit is None or row.row < config.limit}
+    items = {
+        side: {item.key: item for item in result.items if isinstance(item, Item) and item.key[:2] in rows}
+        for side, result in results.items()
+    }
+    shared = [key for key in items["base"] if all(_is_answered(items[side].get(key)) for side in SIDES)]
+    if not shared:
+        raise UserError(f"{config.base} and {config.tuned} have no answers to the same rows; evaluate both on the same")
+    answers = {
+        side: [Answer(rows[key[0], key[1]], items[side][key].response, key[2]) for key in shared] for side in SIDES
+    }
+    names = {side: score.model.name for side, score in scores.items()}
+    return StabilityInputs(answers, load_judge_prompts(config.data), names, len(items["base"]) - len(shared))
+
+
+def _is_answered(item: Item | None) -> bool:
+    return item is not None and not (item.unresolved or "").startswith("answer_")
