@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from apo.sweep.grid import SweepRun
 from clair.core.errors import EXIT_INTERRUPTED, UserError, one_line
 from clair.core.progress import Progress
 from clair.core.recipe import resolved
+from clair.core.watched_process import WatchedProcess
 
 _POLL_SECONDS = 0.2
 
@@ -41,8 +41,8 @@ def train_runs(
     the cache. Raises KeyboardInterrupt after Ctrl-C, when each process has saved a checkpoint.
     """
     waiting = [run for run in runs if run.status != "finished"]
-    free, running, errors = list(devices), dict[Any, tuple[SweepRun, str | None]](), dict[str, str]()
-    with _processes(running):
+    free, running, errors = list(devices), dict[WatchedProcess, tuple[SweepRun, str | None]](), dict[str, str]()
+    with _stop_at_end(running):
         while waiting or running:
             starting = {run.reference for run, _ in running.values() if not (run.out / RUN).exists()}
             ready = next((run for run in waiting if run.reference not in starting), None)
@@ -55,10 +55,11 @@ def train_runs(
                 run, device = running.pop(process)
                 free.append(device)
                 progress.advance()
-                if process.returncode == EXIT_INTERRUPTED:
+                code = process.stop()
+                if code == EXIT_INTERRUPTED:
                     raise KeyboardInterrupt
-                if process.returncode:
-                    errors[run.name] = _last_line(log_file(run)) or f"ended with code {process.returncode}"
+                if code:
+                    errors[run.name] = _last_line(log_file(run)) or f"ended with code {code}"
             progress.details = lambda: [_describe(run) for run, _ in list(running.values())]
             time.sleep(_POLL_SECONDS)
     return errors
@@ -75,19 +76,15 @@ def train_command(run: SweepRun, arguments: Sequence[str]) -> list[str]:
     return ["train", *arguments, *sets, "--out", run.config.out]
 
 
-def _start(run: SweepRun, arguments: Sequence[str], device: str | None) -> subprocess.Popen[bytes]:
-    visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+def _start(run: SweepRun, arguments: Sequence[str], device: str | None) -> WatchedProcess:
+    visible = [] if device is None else ["env", f"CUDA_VISIBLE_DEVICES={device}"]
     with open(log_file(run), "ab") as log:
-        # A session of its own: Ctrl-C reaches it once, from here.
-        return subprocess.Popen(  # noqa: S603  # this program
-            [sys.executable, "-m", "apo.cli", *train_command(run, arguments)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **visible}, start_new_session=True,
-        )  # fmt: skip
+        return WatchedProcess([*visible, sys.executable, "-m", "apo.cli", *train_command(run, arguments)], log)
 
 
 @contextmanager
-def _processes(running: dict[Any, tuple[SweepRun, str | None]]) -> Iterator[None]:
-    """End all processes that are running if the block ends early: they save a checkpoint. SIGTERM acts as Ctrl-C."""
+def _stop_at_end(running: dict[WatchedProcess, tuple[SweepRun, str | None]]) -> Iterator[None]:
+    """Stop all processes that are running if the block ends early: they save a checkpoint. SIGTERM acts as Ctrl-C."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -101,11 +98,9 @@ def _processes(running: dict[Any, tuple[SweepRun, str | None]]) -> Iterator[None
                 process.send_signal(signal.SIGINT)
             for process in running:
                 process.wait()
-        except KeyboardInterrupt:  # a second Ctrl-C: they stop at once
+        finally:  # also after a second Ctrl-C
             for process in running:
-                process.kill()
-            raise
-        finally:
+                process.stop()
             signal.signal(signal.SIGTERM, previous)
 
 

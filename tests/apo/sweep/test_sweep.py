@@ -23,6 +23,7 @@ from apo.sweep.results import notes, summarize
 from clair.core.errors import UserError
 from clair.core.progress import Progress
 from clair.core.statistics import best_of
+from clair.core.watched_process import WatchedProcess
 from tests.apo.command import call
 from tests.apo.conftest import make_pairs
 
@@ -139,10 +140,8 @@ def test_after_kill_9_finished_runs_are_not_trained_again_and_stopped_ones_resum
         time.sleep(0.05)
     children = psutil.Process(killed.pid).children(recursive=True)
     killed.send_signal(signal.SIGKILL)
-    for child in children:
-        child.kill()
     killed.communicate()
-    psutil.wait_procs(children)
+    assert psutil.wait_procs(children, timeout=300)[1] == []  # they end with it
     assert "finished" not in run_json(second)
     first = {file: file.stat().st_mtime_ns for file in (out / "beta-0.1").iterdir() if file.is_file()}
 
@@ -168,21 +167,18 @@ def test_after_kill_9_finished_runs_are_not_trained_again_and_stopped_ones_resum
 def test_each_gpu_has_a_process_and_the_reference_is_still_computed_once(monkeypatch, recipe_file, tmp_path):
     runs = check_runs(expand_grid(recipe_file, parse_grid(["beta=0.1,0.5,2.0"]), ["trainer.max_steps=30"]))
     (tmp_path / "sweep").mkdir()
-    started, together = [], []
-    popen = subprocess.Popen
+    started = []
 
-    def record(command, **options):
-        started.append(options["env"]["CUDA_VISIBLE_DEVICES"])
-        process = popen(command, **options)
-        together.append(process)
-        return process
+    def record(command, output):
+        started.append(command[1])
+        return WatchedProcess(command, output)
 
-    monkeypatch.setattr(processes.subprocess, "Popen", record)
+    monkeypatch.setattr(processes, "WatchedProcess", record)
     arguments = [str(recipe_file), "--set", "trainer.max_steps=30"]
     progress = Progress("runs", 3)
     assert train_runs(runs, arguments, ["0", "1"], progress) == {}
-    assert started[:2] == ["0", "1"]
-    assert started[2] in ("0", "1")
+    assert started[:2] == ["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1"]
+    assert len(started) == 3
     assert progress.completed == 3
     starts = [run_json(run.out)["started"] for run in runs]
     assert starts[1] <= run_json(runs[0].out)["finished"]  # at the same time
