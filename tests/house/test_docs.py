@@ -171,6 +171,7 @@ def test_recipes_are_recipes(location, text):
     values, models = parse_yaml(text), configs()
     kinds = {
         "pipeline": "Build",
+        "second_judge": "Stability",
         "tuned": "Winrate",
         "data": "MixEval",
         "prompts": "IFEval",
