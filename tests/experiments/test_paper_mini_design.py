@@ -121,6 +121,7 @@ def test_the_smallest_rate_within_one_standard_error_of_the_best_is_selected():
 
 def test_nothing_is_selected_before_all_tuning_runs_are_there():
     rows = tuned(lambda *_: 0.1)
+    assert select(FULL, "clair", "dpo", TUNING[:1], rows) is None
     rows.popitem()
     assert select(FULL, "clair", "dpo", TUNING, rows) is None
 
@@ -161,11 +162,11 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_collecting_adds_each_line_once(tmp_path):
-    kept = tmp_path / "kept.jsonl"
+    committed = tmp_path / "committed.jsonl"
     for line in ({"kind": "world", "name": "a"}, {"kind": "run", "key": "k"}):
         results.append(tmp_path / "results.jsonl", line)
-    assert (collect(tmp_path, kept), collect(tmp_path, kept)) == (2, 0)
-    assert len(results.read(kept)) == 2
+    assert (collect(tmp_path, committed), collect(tmp_path, committed)) == (2, 0)
+    assert len(results.read(committed)) == 2
 
 
 # ---- the whole, with a kill in between
@@ -178,7 +179,7 @@ SCRIPT = f"""
     from recipes.experiments.paper_mini.run import run_designs
     if __name__ == "__main__":
         folder = Path(sys.argv[1])
-        run_designs(["D0"], {TINY!r}, folder, 1, kept=folder / "none.jsonl")
+        run_designs(["D0"], {TINY!r}, folder, 1, committed=folder / "none.jsonl")
 """
 
 
@@ -215,7 +216,7 @@ def test_a_design_killed_after_its_first_run_does_only_the_others_and_leaves_not
     assert workers
     until(lambda: not any(alive(pid) for pid in workers), 60)
     original, messages = file.read_bytes(), []
-    run_designs(["D0"], TINY, tmp_path, 1, kept=tmp_path / "none.jsonl", log=messages.append)
+    run_designs(["D0"], TINY, tmp_path, 1, committed=tmp_path / "none.jsonl", log=messages.append)
     assert file.read_bytes().startswith(original)
     world, *runs = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert (world["kind"], world["name"], all(world["gates"].values())) == ("world", "quickstart-0", True)
@@ -230,5 +231,5 @@ def test_a_design_killed_after_its_first_run_does_only_the_others_and_leaves_not
         assert accuracy(first) == world["right"]
     assert messages[-1] == "D0: whole"
     assert sum("runs left" in message for message in messages) == 3
-    run_designs(["D0"], TINY, tmp_path, 1, kept=tmp_path / "none.jsonl", log=messages.append)
+    run_designs(["D0"], TINY, tmp_path, 1, committed=tmp_path / "none.jsonl", log=messages.append)
     assert file.read_text("utf-8").count("\n") == 5

@@ -107,10 +107,10 @@ def test_the_margin_is_that_of_the_spread_between_draws():
             return 0.5 + 0.1 * (epoch > 0 and run.objective == "dpo" and run.seed == 1)
         return 0.8 + (spread[run.seed] if run.objective == "apo_zero" else 0.0)
 
-    found = all_results(design, ["D0"], accuracy)
+    measured = all_results(design, ["D0"], accuracy)
     # The standard deviation is 4 points: (1.833 + 1.383) x 4 / sqrt(10) = 4.07.
-    assert margin(found) == 5
-    gains = d0_gains(found, "dpo", 0.1)
+    assert margin(measured) == 5
+    gains = d0_gains(measured, "dpo", 0.1)
     assert gains
     assert gains[5e-5, 1] == pytest.approx([0.3] * 3, abs=1e-3)
     calm = all_results(design, ["D0"], lambda run, epoch: 0.5 + 0.2 * (epoch > 0))
@@ -118,9 +118,9 @@ def test_the_margin_is_that_of_the_spread_between_draws():
 
 
 def test_strata_add_up_to_the_gain():
-    found = all_results(FULL, ["D1"])
-    strata = strata_gains(found, "D1", "clair", "apo_zero")
-    gains = found.gains("D1", "clair", "apo_zero")
+    measured = all_results(FULL, ["D1"])
+    strata = strata_gains(measured, "D1", "clair", "apo_zero")
+    gains = measured.gains("D1", "clair", "apo_zero")
     assert strata
     assert gains
     total = 0.6 * strata["trained"] + 0.2 * strata["new phrasing"] + 0.2 * strata["new skill"]
@@ -136,10 +136,10 @@ def test_winners_change_is_from_the_start_to_the_last_checkpoint():
 
 
 def test_a_world_in_which_the_paper_is_right_reproduces_all_nine_claims():
-    found = all_results(FULL)
-    items = judge_claims(contrasts(found), margin(found))
+    measured = all_results(FULL)
+    items = judge_claims(contrasts(measured), margin(measured))
     assert [item.verdict for item in items] == ["reproduced"] * 9
-    assert "**9 claims: 9 reproduced.**" in story.page(found)
+    assert "**9 claims: 9 reproduced.**" in story.page(measured)
 
 
 def test_what_has_not_run_is_not_tested():
@@ -155,10 +155,10 @@ def test_a_regime_whose_gate_is_missed_is_not_tested():
     def accuracy(run: Run, epoch: int) -> float:
         return 0.72 if run.pairs == "weak" and run.objective == "sft" and epoch else as_the_paper_says(run, epoch)
 
-    found = all_results(FULL, ["D0", "D1", "D2"], accuracy)
-    verdicts = [item.verdict for item in judge_claims(contrasts(found), margin(found))]
+    measured = all_results(FULL, ["D0", "D1", "D2"], accuracy)
+    verdicts = [item.verdict for item in judge_claims(contrasts(measured), margin(measured))]
     assert verdicts == [*["reproduced"] * 6, *["not tested"] * 3]
-    text = story.page(found)
+    text = story.page(measured)
     assert "strong met" in text
     assert "weak not met" in text
 
@@ -166,35 +166,35 @@ def test_a_regime_whose_gate_is_missed_is_not_tested():
 def test_the_page_stays_until_the_first_design_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(story, "PAGE", tmp_path / "paper.md")
     monkeypatch.setattr(story, "PICTURE", tmp_path / "images/paper.png")
-    found = all_results(FULL, ["D0"])
-    rows = dict(found.rows)
+    measured = all_results(FULL, ["D0"])
+    rows = dict(measured.rows)
     rows.popitem()
-    part = type(found)(FULL, found.worlds, {key: row for key, row in rows.items() if row["objective"] != "dpo"})
+    part = type(measured)(FULL, measured.worlds, {key: row for key, row in rows.items() if row["objective"] != "dpo"})
     with pytest.raises(UserError, match=r"D0 is not whole, so .* stays as it is"):
         story.write(part)
     assert not story.PAGE.exists()
-    story.write(found)
-    assert story.PAGE.read_text("utf-8") == story.page(found)
+    story.write(measured)
+    assert story.PAGE.read_text("utf-8") == story.page(measured)
     assert story.PICTURE.stat().st_size > 20_000
 
 
 def test_the_picture_has_the_curves_and_the_regimes():
-    found = all_results(FULL)
-    assert set(picture.d0_curves(found)) == set(picture.d1_curves(found)) == set(picture.COLORS)
-    rates, gains = picture.d0_curves(found)["apo_zero"]
+    measured = all_results(FULL)
+    assert set(picture.d0_curves(measured)) == set(picture.d1_curves(measured)) == set(picture.COLORS)
+    rates, gains = picture.d0_curves(measured)["apo_zero"]
     assert rates == list(FULL.rates)
     assert [len(values) for values in gains] == [3] * 4
-    assert len(picture.regime_estimates(found)) == 8
-    assert picture.regime_estimates(found)["weak", "sft"].hi < 0
+    assert len(picture.regime_estimates(measured)) == 8
+    assert picture.regime_estimates(measured)["weak", "sft"].hi < 0
 
 
 def test_results_are_read_from_a_file_and_an_empty_one_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"holds no runs; make them with: .*run --small"):
         read_results(tmp_path / "results.jsonl", small=True)
-    found = all_results(SMALL, ["D0"])
-    for line in (*found.worlds.values(), *found.rows.values()):
+    measured = all_results(SMALL, ["D0"])
+    for line in (*measured.worlds.values(), *measured.rows.values()):
         results.append(tmp_path / "results.jsonl", line)
-    assert story.page(read_results(tmp_path / "results.jsonl", small=True)) == story.page(found)
+    assert story.page(read_results(tmp_path / "results.jsonl", small=True)) == story.page(measured)
 
 
 def test_the_committed_page_is_that_of_the_committed_results():

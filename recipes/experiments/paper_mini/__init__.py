@@ -1,1 +1,1 @@
-"""The paper's grid in small: four data sets, five objectives, on tiny models that differ in skill and in wording."""
+"""The paper's claims on tiny worlds whose regime is set: designs, runs, verdicts and their page."""

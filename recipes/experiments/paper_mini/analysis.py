@@ -29,7 +29,7 @@ from recipes.experiments.paper_mini.design import (
 from recipes.experiments.paper_mini.worlds import DOSES, TEMPLATES, stratum
 
 Verdict = Literal["reproduced", "not reproduced", "equal", "not tested"]
-KEPT, SMALLEST_MARGIN, WORLDS_OF_MARGIN = 0.8, 2, 10
+SHARE_OF_BEST, SMALLEST_MARGIN, WORLDS_OF_MARGIN = 0.8, 2, 10
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ class Results:
 
     def gains(self, name: Name, pairs: str, objective: str, selected_on: str | None = None) -> list[float] | None:
         """The gain by world at the selected setting, that of `selected_on` if given; None if a run is missing."""
-        setting = select(self.design, selected_on or pairs, objective, self.tuning, self.rows) if self.tuning else None
+        setting = select(self.design, selected_on or pairs, objective, self.tuning, self.rows)
         if setting is None:
             return None
         return self._by_world(name, pairs, objective, setting.learning_rate, lambda row: gain(row, setting.epoch))
 
     def at_shared_rate(self, objective: str, value: Any) -> list[float] | None:
         """A value of D1's runs at the rate that is selected for APO-zero, by world."""
-        setting = select(self.design, "clair", "apo_zero", self.tuning, self.rows) if self.tuning else None
+        setting = select(self.design, "clair", "apo_zero", self.tuning, self.rows)
         return setting and self._by_world("D1", "clair", objective, setting.learning_rate, value)
 
     def _by_world(self, name: Name, pairs: str, objective: str, rate: float, value: Any) -> list[float] | None:
@@ -216,9 +216,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def tolerance(gains: Mapping[Cell, Sequence[float]]) -> int:
-    """The number of settings at which the mean gain is at least `KEPT` of the best one's; 0 if no mean is above 0."""
+    """The number of settings with a mean gain of at least `SHARE_OF_BEST` of the best one; 0 if none is above 0."""
     means = [mean(values) for values in gains.values()]
-    return sum(value >= KEPT * max(means) - 1e-9 for value in means) if max(means) > 0 else 0
+    return sum(value >= SHARE_OF_BEST * max(means) - 1e-9 for value in means) if max(means) > 0 else 0
 
 
 def margin(results: Results) -> int | None:

@@ -129,11 +129,14 @@ class Setting:
 
 
 def select(design: Design, pairs: str, objective: str, worlds: Sequence[str], rows: Rows) -> Setting | None:
-    """The rate and checkpoint for one set of pairs and objective; None if a tuning run is missing.
+    """The rate and checkpoint for one set of pairs and objective; None if a tuning run is missing,
+    or if there are fewer than two tuning worlds.
 
     By the mean gain over tuning worlds, which is the functional that is reported. Of all settings whose mean lies
     within one standard error of the best one's, the smallest rate is selected, and at that rate the best checkpoint.
     """
+    if len(worlds) < 2:
+        return None
     gains: dict[Setting, list[float]] = {}
     for rate in design.shared_rates:
         for world in worlds:

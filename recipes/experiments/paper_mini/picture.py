@@ -18,40 +18,40 @@ Curve = tuple[list[float], list[list[float]]]
 """Rates, and the gains at each, one for each draw or world."""
 
 
-def d0_curves(found: Results) -> dict[str, Curve]:
+def d0_curves(measured: Results) -> dict[str, Curve]:
     """D0's gains after its last epoch at the first beta, by objective; without objectives that are not whole."""
     curves = {}
     for objective in OBJECTIVES:
-        gains = d0_gains(found, objective, found.design.betas[0])
+        gains = d0_gains(measured, objective, measured.design.betas[0])
         if gains:
-            rates = list(found.design.rates)
-            curves[objective] = (rates, [gains[rate, found.design.short] for rate in rates])
+            rates = list(measured.design.rates)
+            curves[objective] = (rates, [gains[rate, measured.design.short] for rate in rates])
     return curves
 
 
-def d1_curves(found: Results) -> dict[str, Curve]:
+def d1_curves(measured: Results) -> dict[str, Curve]:
     """D1's gains at the last checkpoint, by objective; without objectives that are not whole."""
-    design, worlds, curves = found.design, found.tested("D1"), {}
+    design, worlds, curves = measured.design, measured.tested("D1"), {}
     for objective in OBJECTIVES:
         keys = [[design.run(w, "clair", objective, rate).key for w in worlds] for rate in design.shared_rates]
-        if worlds and all(key in found.rows for row in keys for key in row):
-            gains = [[gain(found.rows[key], design.epochs) for key in row] for row in keys]
+        if worlds and all(key in measured.rows for row in keys for key in row):
+            gains = [[gain(measured.rows[key], design.epochs) for key in row] for row in keys]
             curves[objective] = (list(design.shared_rates), gains)
     return curves
 
 
-def regime_estimates(found: Results) -> dict[tuple[str, str], Estimate]:
+def regime_estimates(measured: Results) -> dict[tuple[str, str], Estimate]:
     """The gain by regime and objective over worlds, where it was tested."""
     result = {}
     for regime in ("weak", "strong"):
         for objective in OBJECTIVES:
-            gains = found.gains("D2", regime, objective)
+            gains = measured.gains("D2", regime, objective)
             if gains:
                 result[regime, objective] = clustered_mean(gains, range(len(gains)))
     return result
 
 
-def draw(found: Results, path: Path) -> None:
+def draw(measured: Results, path: Path) -> None:
     """Draw D0, D1 and D2 side by side on one scale; a panel whose design has not run says so."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,9 +59,9 @@ def draw(found: Results, path: Path) -> None:
     figure = Figure(figsize=(11.5, 3.9), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3, sharey=True)
-    _draw_curves(left, d0_curves(found), f"Quickstart's model, {found.design.short} epochs (D0)")
-    _draw_curves(middle, d1_curves(found), f"Wrong by regions, {found.design.epochs} epochs (D1)")
-    _draw_regimes(right, regime_estimates(found))
+    _draw_curves(left, d0_curves(measured), f"Quickstart's model, {measured.design.short} epochs (D0)")
+    _draw_curves(middle, d1_curves(measured), f"Wrong by regions, {measured.design.epochs} epochs (D1)")
+    _draw_regimes(right, regime_estimates(measured))
     for axes in (left, middle, right):
         _dress(axes)
     left.set_ylabel("points gained on 600 questions", fontsize=9.5, color=QUIET)

@@ -158,13 +158,19 @@ def rows_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
 
 
 def run_designs(
-    names: Sequence[Name], design: Design, folder: Path, workers: int, *, kept: Path, log: Callable[[str], None] = print
+    names: Sequence[Name],
+    design: Design,
+    folder: Path,
+    workers: int,
+    *,
+    committed: Path,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Make the worlds of the designs, then run what is due, design by design."""
     file = folder / "results.jsonl"
     with lock_output(folder), make_pool(workers, folder / "workers.log") as pool:
         shutil.rmtree(folder / "work", ignore_errors=True)
-        lines = [*results.read(kept), *results.read(file)]
+        lines = [*results.read(committed), *results.read(file)]
         passed, rows = passed_worlds(lines), rows_of(lines)
         values = provenance()
         origin = {"version": VERSION, "commit": values["git_commit"], "versions": values["versions"]}
@@ -228,13 +234,13 @@ def _state(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) -
     return "whole"
 
 
-def collect(run: Path, kept: Path) -> int:
+def collect(run: Path, committed: Path) -> int:
     """Add the lines of a run folder that the committed file lacks. Returns their number."""
-    lines, known = results.read(run / "results.jsonl"), results.read(kept)
+    lines, known = results.read(run / "results.jsonl"), results.read(committed)
     identities = {(line["kind"], line.get("key", line.get("name"))) for line in known}
     new = [line for line in lines if (line["kind"], line.get("key", line.get("name"))) not in identities]
     for line in new:
-        results.append(kept, line)
+        results.append(committed, line)
     return len(new)
 
 
@@ -258,9 +264,11 @@ def main() -> None:
                 raise UserError("--collect adds the results of whole designs; leave --small out")
             print(f"{collect(folder, results.COMMITTED)} lines are new in {results.COMMITTED}")
             return
-        kept = folder / "none.jsonl" if args.small else results.COMMITTED
+        committed = folder / "none.jsonl" if args.small else results.COMMITTED
         design = SMALL if args.small else FULL
-        run_designs(args.designs or names, design, folder, args.workers, kept=kept, log=lambda t: print(t, flush=True))
+        run_designs(
+            args.designs or names, design, folder, args.workers, committed=committed, log=lambda t: print(t, flush=True)
+        )
     except UserError as error:
         raise SystemExit(f"paper-mini: {error}") from None
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from clair.core.files import write_atomically
 from clair.core.statistics import clustered_mean, exact_proportion
 from recipes.experiments.paper_mini import picture, results
 from recipes.experiments.paper_mini.analysis import (
-    KEPT,
+    SHARE_OF_BEST,
     Judged,
     Results,
     contrasts,
@@ -54,19 +54,19 @@ def read_results(file: Path, *, small: bool) -> Results:
     return Results(SMALL if small else FULL, worlds, rows)
 
 
-def page(found: Results) -> str:
+def page(measured: Results) -> str:
     """The whole page."""
-    points_of_margin = margin(found)
-    judged = judge_claims(contrasts(found), points_of_margin)
+    points_of_margin = margin(measured)
+    judged = judge_claims(contrasts(measured), points_of_margin)
     counts = Counter(_verdict(item, points_of_margin) for item in judged)
-    commits = sorted({str(row["commit"])[:12] for row in (*found.rows.values(), *found.worlds.values())})
+    commits = sorted({str(row["commit"])[:12] for row in (*measured.rows.values(), *measured.worlds.values())})
     return f"""# The paper in miniature
 
 This page says which claims of the paper hold on a model of 0.8 million weights in a world of made-up tasks, where its
 regimes can be set. Claims, regimes, contrasts and rules of judgement were
 [written down before the first run]({REGISTRATION}). `make paper-mini` makes what is missing.
 `python -m recipes.experiments.paper_mini.story --write` makes this page from `{results.COMMITTED}`
-alone: {len(found.rows)} runs in {len(found.worlds)} worlds, of commit {", ".join(commits)}.
+alone: {len(measured.rows)} runs in {len(measured.worlds)} worlds, of commit {", ".join(commits)}.
 [The first grid](paper_first_grid.md) tested claims in the wrong regime; it remains with its figures corrected.
 
 **{len(judged)} claims: {", ".join(f"{count} {verdict}" for verdict, count in counts.items())}.**
@@ -79,25 +79,25 @@ A figure is the mean over worlds with a 95 % t interval. *Reproduced*: the sign 
 corrected by Holm for all nine. *Equal*: two one-sided tests reject a difference of the margin either way.
 {_margin_sentence(points_of_margin)} *Not reproduced* is anything else that was tested: the opposite, or undecided.
 
-{markdown(claim_rows(found, judged, points_of_margin))}
+{markdown(claim_rows(measured, judged, points_of_margin))}
 ## Clean CLAIR pairs, by rate (D0)
 
-{_d0(found)}
+{_d0(measured)}
 ## CLAIR at shared rates (D1)
 
-{_selected(found, "D1", ("clair",))}
+{_selected(measured, "D1", ("clair",))}
 ## Regime by objective (D2)
 
-{_regimes(found)}{_selected(found, "D2", ("weak", "strong"))}
+{_regimes(measured)}{_selected(measured, "D2", ("weak", "strong"))}
 ## Contrast as a dose (D3)
 
-{_doses(found)}
+{_doses(measured)}
 ## Worlds
 
 Gates are checked before a world is used. Rightness is of greedy answers to held-out questions; *as its region says* is
 the share of them that the target's training asked for.
 
-{markdown(world_rows(found))}
+{markdown(world_rows(measured))}
 ## How far to trust it
 
 - These results hold for this world: the paper's models are 10,000 times as large, and its prompts are real.
@@ -120,17 +120,17 @@ def _margin_sentence(margin: int | None) -> str:
     return f"The margin is {margin} points, by the spread between D0's draws."
 
 
-def gate(found: Results, name: Name) -> str:
+def gate(measured: Results, name: Name) -> str:
     """The state of a design's gates: `worlds 10 of 10`, with D2's regimes."""
-    worlds, tested = found.design.worlds_of(name), found.tested(name)
+    worlds, tested = measured.design.worlds_of(name), measured.tested(name)
     text = f"worlds {len(tested)} of {len(worlds)}"
     if name != "D2":
         return text if tested else NOT_TESTED
-    met = {regime: is_regime(found.design, regime, found.tuning, found.rows) for regime in ("weak", "strong")}
+    met = {regime: is_regime(measured.design, regime, measured.tuning, measured.rows) for regime in ("weak", "strong")}
     return "; ".join([text, *(f"{r} {'met' if m else NOT_TESTED if m is None else 'not met'}" for r, m in met.items())])
 
 
-def claim_rows(found: Results, judged: Sequence[Judged], margin: int | None) -> list[list[str]]:
+def claim_rows(measured: Results, judged: Sequence[Judged], margin: int | None) -> list[list[str]]:
     """The nine claims with source, gate, figure and verdict."""
     rows = [["claim", "source", "design, gate", "compared", "figure", "p, Holm", "verdict"]]
     for item in judged:
@@ -141,7 +141,7 @@ def claim_rows(found: Results, judged: Sequence[Judged], margin: int | None) -> 
         p = "–" if math.isnan(item.p) else f"{item.p:.3f}"
         remark = f" ({item.remark})" if item.remark else ""
         compared = f"{claim.contrast}, {unit}; expected {sign} 0"
-        state = f"{claim.design}: {gate(found, claim.design)}"
+        state = f"{claim.design}: {gate(measured, claim.design)}"
         rows.append([claim.text, claim.source, state, compared, figure, p, f"{_verdict(item, margin)}{remark}"])
     return rows
 
@@ -149,12 +149,12 @@ def claim_rows(found: Results, judged: Sequence[Judged], margin: int | None) -> 
 # ---- designs
 
 
-def _d0(found: Results) -> str:
-    design = found.design
-    rows = [["objective", "beta", *(f"{rate:g}" for rate in design.rates), f"keeps {KEPT:.0%} of its best at"]]
+def _d0(measured: Results) -> str:
+    design = measured.design
+    rows = [["objective", "beta", *(f"{rate:g}" for rate in design.rates), f"keeps {SHARE_OF_BEST:.0%} of its best at"]]
     for objective in OBJECTIVES:
         for beta in design.betas if objective != "sft" else design.betas[:1]:
-            gains = d0_gains(found, objective, beta)
+            gains = d0_gains(measured, objective, beta)
             if gains is None:
                 continue
             at_end = [gains[rate, design.short] for rate in design.rates]
@@ -165,27 +165,27 @@ def _d0(found: Results) -> str:
         return f"D0 is {NOT_TESTED}.\n"
     return (
         f"Points gained after epoch {design.short} on the quickstart's model, with the lowest and the highest of "
-        f"{len(found.tested('D0'))} draws. Tolerance counts the settings of rate and epoch at which the mean over "
-        f"draws is at least {KEPT:.0%} of the objective's best.\n\n{markdown(rows)}"
+        f"{len(measured.tested('D0'))} draws. Tolerance counts the settings of rate and epoch at which the mean over "
+        f"draws is at least {SHARE_OF_BEST:.0%} of the objective's best.\n\n{markdown(rows)}"
     )
 
 
-def _selected(found: Results, name: Name, sets: Sequence[str]) -> str:
+def _selected(measured: Results, name: Name, sets: Sequence[str]) -> str:
     rows = [
         ["pairs", "objective", "rate, epoch", "gain", "trained", "new phrasing", "new skill", "order of held-out pairs"]
     ]
     for pairs in sets:
         for objective in OBJECTIVES:
-            gains, setting = found.gains(name, pairs, objective), None
+            gains, setting = measured.gains(name, pairs, objective), None
             if gains is not None:
-                setting = select(found.design, pairs, objective, found.tuning, found.rows)
-            strata = strata_gains(found, name, pairs, objective)
+                setting = select(measured.design, pairs, objective, measured.tuning, measured.rows)
+            strata = strata_gains(measured, name, pairs, objective)
             if gains is None or setting is None or strata is None:
                 continue
             parts = [points(strata[s]) if s in strata else "–" for s in ("trained", "new phrasing", "new skill")]
             estimate = clustered_mean(gains, range(len(gains)))
             at = f"{setting.learning_rate:g}, {setting.epoch}"
-            order = _order(found, name, pairs, objective, setting.learning_rate)
+            order = _order(measured, name, pairs, objective, setting.learning_rate)
             rows.append([pairs, objective, at, with_interval(estimate), *parts, order])
     if len(rows) == 1:
         return f"{name} is {NOT_TESTED}.\n"
@@ -196,9 +196,9 @@ def _selected(found: Results, name: Name, sets: Sequence[str]) -> str:
     )
 
 
-def _order(found: Results, name: Name, pairs: str, objective: str, rate: float) -> str:
+def _order(measured: Results, name: Name, pairs: str, objective: str, rate: float) -> str:
     """Reward accuracy over worlds; SFT has none. If it is 1 or 0 in all worlds, the interval is exact."""
-    rows = [found.rows[found.design.run(w, pairs, objective, rate).key] for w in found.tested(name)]
+    rows = [measured.rows[measured.design.run(w, pairs, objective, rate).key] for w in measured.tested(name)]
     values = [row["checkpoints"][-1]["pairs"].get("rewards/accuracies") for row in rows]
     if None in values:
         return "–"
@@ -209,12 +209,12 @@ def _order(found: Results, name: Name, pairs: str, objective: str, rate: float) 
     return f"{estimate.mean:.1%} [{max(0, estimate.lo):.1%}, {min(1, estimate.hi):.1%}]"
 
 
-def _regimes(found: Results) -> str:
+def _regimes(measured: Results) -> str:
     sentences = []
     for regime, expected in (("weak", "lose"), ("strong", "gain")):
-        gains = regime_gains(found.design, regime, found.tuning, found.rows)
+        gains = regime_gains(measured.design, regime, measured.tuning, measured.rows)
         if gains:
-            met = is_regime(found.design, regime, found.tuning, found.rows)
+            met = is_regime(measured.design, regime, measured.tuning, measured.rows)
             listed = ", ".join(points(value) for value in gains)
             sentences.append(
                 f"Gate *{regime}*: SFT on the winners must {expected} in every tuning world, and changes the accuracy "
@@ -223,10 +223,10 @@ def _regimes(found: Results) -> str:
     return "\n".join([*sentences, "", ""]) if sentences else ""
 
 
-def _doses(found: Results) -> str:
+def _doses(measured: Results) -> str:
     rows = [["objective", "correction only", "opening", "and closing", "and sentence", "slope, points a dose"]]
-    for objective in found.design.dose_objectives:
-        gains = dose_gains(found, objective)
+    for objective in measured.design.dose_objectives:
+        gains = dose_gains(measured, objective)
         if gains:
             slope = slopes(gains)
             cells = [points(mean(values)) for values in gains]
@@ -234,10 +234,10 @@ def _doses(found: Results) -> str:
     return markdown(rows) if len(rows) > 1 else f"D3 is {NOT_TESTED}.\n"
 
 
-def world_rows(found: Results) -> list[list[str]]:
+def world_rows(measured: Results) -> list[list[str]]:
     """One row for each world: what the gates are about, and the winners' rightness in its sets."""
     rows = [["world", "own samples, nats", "well formed", "right", "as its region says", "winners right", "gates"]]
-    for name, world in found.worlds.items():
+    for name, world in measured.worlds.items():
         unmet = [gate for gate, met in world["gates"].items() if not met]
         winners = ", ".join(f"{item} {values['winners_right']:.2f}" for item, values in world["sets"].items())
         regional = f"{world['regional']:.0%}" if name.startswith("regions") else "–"
@@ -246,12 +246,12 @@ def world_rows(found: Results) -> list[list[str]]:
     return rows
 
 
-def write(found: Results) -> None:
+def write(measured: Results) -> None:
     """Write page and picture. Raises UserError unless D0 is whole."""
-    if margin(found) is None:
+    if margin(measured) is None:
         raise UserError(f"D0 is not whole, so {PAGE} stays as it is; continue with: python -m {__package__}.run D0")
-    picture.draw(found, PICTURE)
-    write_atomically(PAGE, page(found))
+    picture.draw(measured, PICTURE)
+    write_atomically(PAGE, page(measured))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -264,14 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = args.run or (SMALL_RUN if args.small else None)
     file = folder / "results.jsonl" if folder else results.COMMITTED
     try:
-        found = read_results(file, small=args.small)
+        measured = read_results(file, small=args.small)
         if args.write and folder:
             raise UserError(f"{PAGE} shows the committed results only; leave --small and --run out")
         if args.write:
-            write(found)
+            write(measured)
             print(f"wrote {PAGE} and {PICTURE}")
         else:
-            print(page(found))
+            print(page(measured))
     except UserError as error:
         raise SystemExit(f"paper-mini: {error}") from None
 

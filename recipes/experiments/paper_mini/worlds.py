@@ -41,7 +41,7 @@ WRITERS_WORDING = (0.3, 0.4, 0.3)
 JUDGE_ERROR = 0.05
 DOSES = ("clair", "dose-1", "dose-2", "dose-3")
 """Correction only; then the winner's opening, its closing, and its sentence are rewritten too."""
-LEAST_NATS, LEAST_WELL_FORMED, LEAST_REGIONAL, MOST_OFF = -2.0, 0.98, 0.90, 0.08
+MIN_SAMPLE_NATS, MIN_WELL_FORMED, MIN_REGIONAL, MAX_RIGHT_DEVIATION = -2.0, 0.98, 0.90, 0.08
 """Gates of a target: log-likelihood of its own samples in nats, share of well-formed samples, share of greedy answers
 that are as their region says, distance of its rightness from `TARGET_RIGHT`."""
 
@@ -302,13 +302,13 @@ def gates_of(measured: Mapping[str, Any], target: str) -> dict[str, bool]:
     """The gates of a world by name. The quickstart's model is no target by regions, so only two gates apply to it."""
     sets = measured["sets"].values()
     gates = {
-        "samples above -2 nats": measured["nats"] > LEAST_NATS,
-        "98 % well formed": measured["well_formed"] >= LEAST_WELL_FORMED,
+        "samples above -2 nats": measured["nats"] > MIN_SAMPLE_NATS,
+        "98 % well formed": measured["well_formed"] >= MIN_WELL_FORMED,
         "all pairs": all(s.get("train") == TRAIN_PAIRS and s.get("test") == TEST_PAIRS for s in sets),
     }
     if target == "regions":
-        gates["wrong by regions"] = measured["regional"] >= LEAST_REGIONAL
-        gates["right as designed"] = abs(measured["right"] - TARGET_RIGHT) <= MOST_OFF
+        gates["wrong by regions"] = measured["regional"] >= MIN_REGIONAL
+        gates["right as designed"] = abs(measured["right"] - TARGET_RIGHT) <= MAX_RIGHT_DEVIATION
     return gates
 
 
