@@ -159,8 +159,8 @@ def _d0(measured: Results) -> str:
                 continue
             at_end = [gains[rate, design.short] for rate in design.rates]
             cells = [f"{points(mean(v))} [{points(min(v))}, {points(max(v))}]" for v in at_end]
-            kept = f"{tolerance(gains)} of {len(gains)}"
-            rows.append([objective, "–" if objective == "sft" else f"{beta:g}", *cells, kept])
+            settings = f"{tolerance(gains)} of {len(gains)}"
+            rows.append([objective, "–" if objective == "sft" else f"{beta:g}", *cells, settings])
     if len(rows) == 1:
         return f"D0 is {NOT_TESTED}.\n"
     return (

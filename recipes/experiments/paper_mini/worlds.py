@@ -327,15 +327,16 @@ def make_world(name: str, run: Path) -> dict[str, Any]:
     needed = round((TRAIN_PAIRS + TEST_PAIRS) / share_wrong * 1.7)
     tasks = list(islice(prompts(world), needed))
     answered = list(zip(tasks, answers(target, tasks, temperature=1.0, seed=world.seed), strict=True))
-    asked = questions(world)
-    greedy, difficulty = answers(target, asked), difficulties(world.seed, "target")
-    right = [is_right(task, text) for task, text in zip(asked, greedy, strict=True)]
+    heldout = questions(world)
+    greedy, difficulty = answers(target, heldout), difficulties(world.seed, "target")
+    right = [is_right(task, text) for task, text in zip(heldout, greedy, strict=True)]
     measured: dict[str, Any] = {
         "nats": round(sample_nats(target, answered), 4),
         "well_formed": round(sum(is_well_formed(*item) for item in answered) / len(answered), 4),
         "right": round(sum(right) / len(right), 4),
         "regional": round(
-            sum(r == (difficulty[region(t)] < TARGET_RIGHT) for r, t in zip(right, asked, strict=True)) / len(right), 4
+            sum(r == (difficulty[region(t)] < TARGET_RIGHT) for r, t in zip(right, heldout, strict=True)) / len(right),
+            4,
         ),
         "sets": {item: build_pairs(world, answered, item, folder / item) for item in sets_of(world)},
         "prompts": needed,
