@@ -334,3 +334,38 @@ def next_(
     with Location(folder).local_copy() as local_folder:
         recipe, repeated, unseen = next_round(local_folder, model, out)
     print_(f"{repeated} prompts that gave a pair and {unseen} not seen yet; build them with: clair build {recipe}")
+
+
+@app.command()
+def iterate(
+    recipe: Annotated[Path, typer.Argument(help="The recipe of the rounds, a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option(callback=local, help="The folder of the rounds, instead of the recipe's out.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan and the cost.")] = False,
+) -> None:
+    """Run rounds of build, train and evaluate, each on the model of the round before. Run it again to go on."""
+    from clair.core.console import show as print_
+    from clair.core.recipe import load_recipe
+    from clair.rounds.config import IterateConfig
+    from clair.rounds.results import PICTURE, table
+    from clair.rounds.run import RESULT, open_rounds, plan_lines
+    from clair.rounds.run import iterate as run_rounds
+
+    overrides = [*(set_ or []), *([text_override("out", out)] if out else [])]
+    rounds = open_rounds(load_recipe(IterateConfig, recipe, overrides))
+    if dry_run:
+        print("\n".join(plan_lines(rounds)))
+        return
+    result = run_rounds(rounds)
+    if result.rounds:
+        print_(table(result.rounds))
+        print_(f"{rounds.config.out}/{RESULT} and {rounds.config.out}/{PICTURE} hold the rounds")
+    print_(f"{result.ended}; the best model is {result.best}")
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+if __name__ == "__main__":
+    main()

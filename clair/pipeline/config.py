@@ -261,7 +261,7 @@ HASHES = ("template_sha256", "not_in_sha256", "scorer_sha256")
 """Keys of an output's recipe that no recipe has: hashes of the files that the recipe names by path."""
 
 
-_MAY_CHANGE = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
+MAY_CHANGE = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
 """Keys that do not affect the dataset's content."""
 
 
@@ -270,7 +270,7 @@ def changed_content_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
 
     A hash that one of them lacks is no difference: an older version did not record it.
     """
-    keys = changed_keys(content_settings(old, _MAY_CHANGE), content_settings(new, _MAY_CHANGE))
+    keys = changed_keys(content_settings(old, MAY_CHANGE), content_settings(new, MAY_CHANGE))
     return [key for key in keys if not key.endswith(HASHES) or all(_nested_value(recipe, key) for recipe in (old, new))]
 
 

@@ -93,6 +93,8 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     )
     if target_config and target_config.chat_template_kwargs:
         sampling["chat_template_kwargs"] = dict(target_config.chat_template_kwargs)
+    if target_config and target_config.serve:  # the same server, with the new weights
+        sampling = target_config.model_dump(mode="json", exclude_defaults=True, exclude={"path", "id"})
     changed = {"limit", "accept", "prompts", "target", "out"}
     values: Mapping[str, Any] = {
         **config.model_dump(mode="json", exclude_defaults=True, exclude=changed),

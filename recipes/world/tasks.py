@@ -144,6 +144,7 @@ def is_wrong_rule(task: Task, text: str) -> bool:
 def write_prompts(path: Path, tasks: list[Task], *, answers_seed: int | None = None) -> None:
     """Write tasks as JSON lines with `id` and `prompt`; with a seed also `answer`, right or wrong by a fair coin."""
     coin = Random(answers_seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as out:
         for task in tasks:
             row = {"id": task.id, "prompt": task.prompt}

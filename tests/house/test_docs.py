@@ -37,12 +37,13 @@ def configs() -> dict[str, type[BaseModel]]:
     from apo.rewards.config import AdaptConfig, FitConfig, ScoreConfig, SelectConfig
     from apo.training.config import TrainConfig
     from clair.pipeline.config import BuildConfig
+    from clair.rounds.config import IterateConfig
 
     # The roles of evaluations are those of builds, with other defaults: only their own keys have tables.
     evaluations = [AdviseConfig, IFEvalConfig, MixEvalConfig, WinrateConfig, PairsConfig, StabilityConfig]
     analyses = [DistinguishConfig, CalibrateConfig, CertifyConfig, SelectConfig, FitConfig, ScoreConfig, AdaptConfig]
     by_name: dict[str, type[BaseModel]] = {model.__name__: model for model in evaluations + analyses}
-    todo: list[type[BaseModel]] = [BuildConfig, TrainConfig]
+    todo: list[type[BaseModel]] = [BuildConfig, TrainConfig, IterateConfig]
     while todo:
         model = todo.pop()
         if model.__name__ not in by_name:
