@@ -8,9 +8,9 @@ On a machine with a GPU, in the root of the repository, with any python 3.11 or 
     PYTHONPATH=. python tests/benchmarks/train_on_gpu.py --out DIR --small    # tiny shapes, on a CPU
 
 The parts run in the order of `PARTS`, each in a process of its own with a time limit. DIR/PART.json holds a part's rows
-as they end; a part that was killed continues with the rows it lacks. A part or a row that needs a package that is
-not installed is left out and says so; the rows of `lora` and `full` need torch and transformers only (and PEFT for
-`lora`).
+as they end, DIR/log.txt what all parts printed; a part that was killed continues with the rows it lacks. A part or a
+row that needs a package that is not installed is left out and says so: TRL, datasets, PEFT and accelerate for trainers
+and tests, pydantic for `apo train`. The rows of `full` need torch and transformers only, those of `lora` also PEFT.
 
 Weights are random, in bfloat16, made on the device. A step of `lora` and `full` is what a training run does, without a
 trainer around it: rows of at most `PACK_TOKENS` tokens are packed, run forward and backward under autocast, and AdamW
@@ -350,16 +350,16 @@ def estimated_job(examples: list[dict[str, Any]], checkpointing: bool, scale: Sc
 
 TRAINERS = {
     "APOTrainer": {"precompute_ref_log_probs": True, "gradient_checkpointing": False, "pack_tokens": PACK_TOKENS},
-    "APOTrainer, checkpointing": {
-        "precompute_ref_log_probs": True, "gradient_checkpointing": True, "pack_tokens": PACK_TOKENS,
-    },
-    "TRL, defaults": {},
     "TRL, fastest": {
         "precompute_ref_log_probs": True, "gradient_checkpointing": False, "gradient_accumulation_steps": 4,
     },
+    "TRL, defaults": {},
+    "APOTrainer, checkpointing": {
+        "precompute_ref_log_probs": True, "gradient_checkpointing": True, "pack_tokens": PACK_TOKENS,
+    },
 }  # fmt: skip
-"""Options of each trainer. TRL's fastest settings run a quarter of the pairs at a time: without checkpointing, their
-padded batch would need more memory than any GPU has."""
+"""Options of each trainer, in order of worth. TRL's fastest settings run a quarter of the pairs at a time: without
+checkpointing, their padded batch would need more memory than any GPU has."""
 
 
 def trainer_rows(scale: Scale, scratch: Path, tune: str) -> dict[str, Row]:
@@ -549,9 +549,9 @@ PARTS = {
     "kernels": Part(120, kernel_rows),
     "default": Part(130, default_rows, TRAINER),
     "lora": Part(130, functools.partial(step_rows, tune="lora")),
-    "trl_lora": Part(110, functools.partial(trainer_rows, tune="lora"), TRAINER),
+    "trl_lora": Part(150, functools.partial(trainer_rows, tune="lora"), TRAINER),
     "full": Part(110, functools.partial(step_rows, tune="full")),
-    "trl_full": Part(110, functools.partial(trainer_rows, tune="full"), TRAINER),
+    "trl_full": Part(150, functools.partial(trainer_rows, tune="full"), TRAINER),
 }
 """In order of worth."""
 
@@ -611,7 +611,7 @@ def run_parts(out: Path, names: list[str], *, minutes: float, limit: float, smal
             print(f"{name}: no time is left; run the same command again", flush=True)
             continue
         started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="train-on-gpu-") as scratch, (out / f"{name}.log").open("ab") as log:
+        with tempfile.TemporaryDirectory(prefix="train-on-gpu-") as scratch, (out / "log.txt").open("ab") as log:
             command = [sys.executable, __file__, "--out", str(out), "--part", name, "--scratch", scratch]
             process = subprocess.Popen(
                 [*command, *(["--small"] if small else [])], stdout=log, stderr=log, start_new_session=True,
