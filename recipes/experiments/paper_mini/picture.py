@@ -76,6 +76,9 @@ def draw(measured: Results, path: Path) -> None:
 def _draw_curves(axes: Any, curves: Mapping[str, Curve], title: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xscale("log")
+    ticks = sorted({rate for rates, _ in curves.values() for rate in rates})
+    axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("learning rate; band: lowest and highest", fontsize=9.5, color=QUIET)
     for objective, (rates, gains) in curves.items():
         color = COLORS[objective]

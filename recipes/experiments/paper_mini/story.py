@@ -138,7 +138,7 @@ def claim_rows(measured: Results, judged: Sequence[Judged], margin: int | None) 
         unit = "nats" if claim.nats else "points"
         sign = "above" if claim.above else "below"
         figure = "–" if item.estimate is None else (in_nats if claim.nats else with_interval)(item.estimate)
-        p = "–" if math.isnan(item.p) else f"{item.p:.3f}"
+        p = "–" if math.isnan(item.p) else "<0.001" if item.p < 0.001 else f"{item.p:.3f}"
         remark = f" ({item.remark})" if item.remark else ""
         compared = f"{claim.contrast}, {unit}; expected {sign} 0"
         state = f"{claim.design}: {gate(measured, claim.design)}"
