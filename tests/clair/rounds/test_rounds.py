@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from clair.core.recipe import resolve
+from clair.pipeline.export import next_round
 from clair.rounds.config import IterateConfig
 from clair.rounds.results import RoundResult, best_model, stop_reason
 from clair.rounds.run import open_rounds
@@ -23,8 +24,11 @@ from recipes.world.running import Running, running
 from recipes.world.server import ServerOptions
 from recipes.world.tasks import distinct_tasks, write_prompts
 from tests.clair.building import ROOT, CommandResult, clair, error_line, finished, start_clair
+from tests.clair.rounds import commands
 
 MODEL = str(ROOT / "recipes" / "world" / "model")
+ENDPOINT = {"url": "http://127.0.0.1:9/v1", "model": "m"}
+DELTA = {"pipeline": "delta", "prompts": {"path": "p.jsonl"}, "weaker": ENDPOINT, "stronger": ENDPOINT, "out": "o"}
 STAND_IN = """
 import sys
 from clair.rounds import phases
@@ -233,6 +237,7 @@ def test_a_recipe_that_a_finished_phase_has_used_must_stay(tmp_path):
         ("train", {"model": "another", "out": "o"}, "the model that answers is the one that is trained"),
         ("train", {"out": "o"}, "the key 'model' is missing"),
         ("build", {"pipeline": "revised"}, "is missing"),
+        ("build", DELTA, "in the pipeline 'delta' the trained model gives no answers"),
     ],
 )
 def test_recipes_that_rounds_cannot_use_are_one_line(tmp_path, file, values, message):
@@ -254,6 +259,15 @@ def test_recipes_that_rounds_cannot_use_are_one_line(tmp_path, file, values, mes
 )
 def test_mistakes_in_the_recipe_of_the_rounds_are_one_line(tmp_path, changes, message):
     assert message in error_line(clair("iterate", write_recipes(tmp_path, **changes)))
+
+
+def test_a_target_that_a_command_serves_is_served_in_the_next_round_with_the_new_weights(tmp_path):
+    write_recipes(tmp_path)
+    served = {"serve": "srv {model} --port {port}", "patience": 900.0, "temperature": 0.5}
+    values = build_values(tmp_path, target={"path": "old", "id": "old weights", **served})
+    commands.build(tmp_path / "pairs", values)
+    recipe, _, _ = next_round(tmp_path / "pairs", "new", tmp_path / "again")
+    assert yaml.safe_load(recipe.read_text("utf-8"))["target"] == {"path": "new", **served}
 
 
 def test_the_stop_rule_needs_an_interval_above_zero():
