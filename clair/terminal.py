@@ -21,6 +21,7 @@ from clair.data.records import task_text
 from clair.inference.client import ModelClient
 from clair.inference.endpoint_check import Check
 from clair.pipeline.estimate import Range, RoleEstimate, total_cost, total_time
+from clair.prompting.calls import with_calls
 from clair.storage.location import Location
 
 _SIGNS = {True: "ok", False: "WRONG", None: "?"}
@@ -62,7 +63,8 @@ def _summary_lines(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def pair_panel(row: Mapping[str, Any]) -> Panel:
     """A panel of one pair: the task, the word diff from rejected to chosen, and the contrast."""
     diff = Text()
-    for kind, text in word_diff(row["rejected"][-1]["content"], row["chosen"][-1]["content"]):
+    turns = (row[side][-1] for side in ("rejected", "chosen"))
+    for kind, text in word_diff(*(with_calls(turn["content"] or "", turn.get("tool_calls") or ()) for turn in turns)):
         diff.append(text, style=_STYLES[kind])
     numbers = "  ".join(f"{name} {value:.2f}" for name, value in row["contrast"].items())
     task = Text(task_text(row["prompt"]), style="bold")

@@ -173,6 +173,25 @@ def adapt(
     print_line(f"{config.user} was added to {config.reward}{group}")
 
 
+@app.command()
+def serve(
+    reward: Annotated[Path, typer.Argument(help="The folder of a fitted reward.")],
+    user: Annotated[
+        str | None, typer.Option(help="The user or group whose reward counts; the mean without it.")
+    ] = None,
+) -> None:
+    """Score answers for `clair build` (scores.checker): JSON lines in, win rates against the reference answers out."""
+    import sys
+
+    from apo.console import quieten
+    from apo.rewards.reward_dir import Reward
+    from apo.rewards.serve import AnswerScorer, score_lines
+
+    quieten()
+    for line in score_lines(AnswerScorer(Reward.load(reward), user), sys.stdin):
+        print(line, flush=True)
+
+
 _FILE_SUFFIXES = (".jsonl", ".json")
 
 

@@ -195,10 +195,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A parsed revision: the reviser's reasoning and the improved answer."""
+    """A parsed revision: the reviser's reasoning and the improved answer, with its tool calls if they were revised."""
 
     reasoning: str
     answer: str
+    tool_calls: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +229,17 @@ class Pair:
     """The tool calls of chosen and of rejected."""
     thinking: tuple[str, str] = ("", "")
     """The thoughts of chosen and of rejected."""
+
+    @property
+    def compared(self) -> tuple[str, str]:
+        """The texts of chosen and rejected that are compared: with their tool calls if these differ."""
+        if self.tool_calls[0] == self.tool_calls[1]:
+            return self.chosen, self.rejected
+        chosen, rejected = (
+            message_text({"content": text, "tool_calls": list(calls)})
+            for text, calls in zip((self.chosen, self.rejected), self.tool_calls, strict=True)
+        )
+        return chosen, rejected
 
     def row(self) -> dict[str, Any]:
         """The pair as a row of the dataset: TRL's explicit-prompt conversational preference format."""

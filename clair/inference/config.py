@@ -141,6 +141,8 @@ class ReviserConfig(ModelConfig):
     max_tokens: int | None = Field(default=4096, ge=1)
     mode: Literal["rewrite", "edits"] = "rewrite"
     """`edits`: the reviser names find/replace edits, and the program applies them; if they fail, it rewrites."""
+    tool_calls: Literal["keep", "revise"] = "keep"
+    """`revise`: the reviser may also change the arguments of an answer's tool calls, validated by the tool's schema."""
     template: str | None = None
     """A Jinja file to use instead of the built-in one of the mode; it uses {{ task }} and {{ answer }}."""
     system: str | None = None

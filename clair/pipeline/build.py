@@ -17,7 +17,7 @@ from clair.core.out_folder import ANOTHER_RUN, check_unchanged
 from clair.core.provenance import provenance
 from clair.core.urls import without_secrets
 from clair.data.dataset import DatasetWriter, card, read_manifest
-from clair.data.prompt_sources import Scan, each_prompt, scan
+from clair.data.prompt_sources import Scan, each_prompt, read_prompts, scan
 from clair.data.records import Pair
 from clair.inference.batch_service import Pending
 from clair.inference.budget import Tally, discounted_share, price_table_version, role_prices
@@ -38,6 +38,7 @@ from clair.pipeline.runner import (
 )
 from clair.pipeline.shards import CrashPolicy, Shard, shard_config
 from clair.pipeline.steps import position_bias
+from clair.prompting.calls import check_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,9 @@ def check_recipe(config: BuildConfig, shard: Shard | None = None) -> Scan:
         check_scorer(config.scores)
     prompt_scan = scan(config.prompts, config.limit, shard.contains) if shard else scan(config.prompts, config.limit)
     prompts = prompt_scan.unique
+    if config.reviser and config.reviser.tool_calls == "revise":
+        for prompt in read_prompts(config.prompts, config.limit) if prompt_scan.tools else ():
+            check_tools(prompt.tools, f"{config.prompts.path.public}, row with id {prompt.id}")
     provided = prompt_scan.compared if config.pipeline == "judged" else prompt_scan.answered
     if getattr(config, config.answerer) is None and provided < prompts:
         column = "answers column" if config.pipeline == "judged" else "answer column"

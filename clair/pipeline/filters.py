@@ -23,15 +23,16 @@ Filters = Sequence[tuple[str, Callable[[Pair], str | None]]]
 
 
 def empty(pair: Pair) -> str | None:
-    """An answer without text teaches nothing."""
-    if not pair.chosen.strip():
+    """An answer without text and tool calls teaches nothing."""
+    if not (pair.chosen.strip() or pair.tool_calls[0]):
         return "the chosen answer is empty"
-    return None if pair.rejected.strip() else "the rejected answer is empty"
+    return None if pair.rejected.strip() or pair.tool_calls[1] else "the rejected answer is empty"
 
 
 def identical(pair: Pair) -> str | None:
     """Chosen and rejected differ in white space only: no contrast, no gradient."""
-    return "chosen and rejected are the same" if pair.chosen.split() == pair.rejected.split() else None
+    chosen, rejected = pair.compared
+    return "chosen and rejected are the same" if chosen.split() == rejected.split() else None
 
 
 def refusal(pair: Pair) -> str | None:

@@ -31,12 +31,13 @@ from clair.pipeline.steps import (
 async def revised(prompt: Prompt, *, target: ModelClient | None, reviser: Reviser, filters: Filters) -> Pair:
     """Make a CLAIR pair: the target's own answer is rejected, its minimal revision by the reviser is chosen."""
     answer = await generate(prompt, target)
-    if not answer.text.strip():
+    if not (answer.text.strip() or reviser.revises_calls):
         raise Dropped("target", "tool_call", "the answer only calls a tool: there is no text to revise")
-    revision = await revise(prompt, answer.text, reviser)
+    revision = await revise(prompt, answer, reviser)
     models = {"rejected": _author(prompt, target), "chosen": reviser.client.model.name}
     labels = {"source": "revised", **prompt.labels}
-    revised = Answer(revision.answer, answer.tool_calls, answer.thinking)
+    calls = answer.tool_calls if revision.tool_calls is None else revision.tool_calls
+    revised = Answer(revision.answer, calls, answer.thinking)
     return apply_filters(_pair(prompt, revised, answer, models, labels, revision.reasoning), filters)
 
 

@@ -141,6 +141,7 @@ def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Sto
             edits=templates.get("edits"),
             system=config.reviser.system,
             ask_again=config.reviser.ask_again,
+            revises_calls=config.reviser.tool_calls == "revise",
         )
         return make_run(partial(revised, target=target, reviser=reviser, filters=filters), reviser=reviser)
     if config.pipeline in ("stronger", "delta"):

@@ -22,6 +22,7 @@ from clair.inference.batch_service import Pending
 from clair.inference.client import ModelClient
 from clair.inference.model import visible_answer
 from clair.pipeline.filters import Filters, first_drop_reason
+from clair.prompting.calls import read_calls, with_calls
 from clair.prompting.edits import parse_edits
 from clair.prompting.parse import FAILURES, ParseFailure, parse_judgement, parse_revision, parse_score
 from clair.prompting.templates import ask_again, request
@@ -45,6 +46,7 @@ class Reviser:
     edits: str | None = None
     system: str | None = None
     ask_again: bool = True
+    revises_calls: bool = False
     first_replies: Counter[str] = field(default_factory=Counter)
 
 
@@ -101,11 +103,18 @@ async def answer_of(prompt: Prompt, model: ModelClient, sample: int = 0) -> Answ
     return Answer(trimmed(reply.text), calls, reply.thinking if "chat_template_kwargs" in model.options else "")
 
 
-async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
+async def revise(prompt: Prompt, original: Answer, reviser: Reviser) -> Revision:
     """The reviser's minimal improvement of an answer: as edits if the recipe has the edit mode, else as a whole text.
 
-    If the edits cannot be parsed, the whole text is requested. Drops the row if that cannot be parsed either.
+    If the reviser revises calls, they are lines of the text. If edits cannot be parsed, the whole text is requested.
+    Drops the row if that cannot be parsed either.
     """
+    calls = original.tool_calls if reviser.revises_calls else ()
+    answer = with_calls(original.text, calls)
+
+    def split_calls(parse: Callable[[str, str | None], Revision]) -> Callable[[str, str | None], Revision]:
+        return (lambda text, finish: read_calls(parse(text, finish), calls, prompt.tools)) if calls else parse
+
     template_values = {"system": reviser.system, "tools": prompt.tools, "answer": answer}
     ask = partial(
         _ask_and_read, reviser.client, again=reviser.ask_again, row=prompt.id, first_replies=reviser.first_replies
@@ -113,13 +122,15 @@ async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
     if reviser.edits is not None:
         messages = request(reviser.edits, prompt.messages, **template_values)
         try:
-            return await ask(messages, read=partial(parse_edits, answer=answer, template=reviser.edits))
+            read = partial(parse_edits, answer=answer, template=reviser.edits)
+            return await ask(messages, read=split_calls(read))
         except ParseFailure as failure:
             if failure.name in _POINTLESS_AGAIN:
                 raise Dropped("reviser", failure.name, failure.explanation) from failure
     try:
         read = partial(parse_revision, answer=answer, template=reviser.template)
-        return await ask(request(reviser.template, prompt.messages, **template_values), read=read)
+        messages = request(reviser.template, prompt.messages, **template_values)
+        return await ask(messages, read=split_calls(read))
     except ParseFailure as failure:
         raise Dropped("reviser", failure.name, failure.explanation) from failure
 
@@ -212,7 +223,7 @@ async def _ask_and_read(
 
 def apply_filters(pair: Pair, filters: Filters) -> Pair:
     """The pair with its contrast measured. Raises Dropped with the name of the first filter that rejects it."""
-    measured = replace(pair, contrast=contrast_of(pair.chosen, pair.rejected)._asdict())
+    measured = replace(pair, contrast=contrast_of(*pair.compared)._asdict())
     if reason := first_drop_reason(measured, filters):
         raise Dropped("filter", *reason)
     return measured

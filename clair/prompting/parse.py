@@ -53,6 +53,8 @@ FAILURES = {
     "edit_unmatched": "the text to find in an edit does not stand in the student's solution",
     "edit_ambiguous": "the text to find in an edit stands in the student's solution more than once",
     "edits_overlap": "two edits change the same text",
+    "calls_changed": "the tool calls are not the same in number, order and name, each as one line of JSON",
+    "arguments_invalid": "the arguments of a tool call do not fit the tool's schema",
 }
 """The explanation of each failure by name, for a person and for the model when the request is repeated."""
 

@@ -19,6 +19,7 @@ from clair.core.files import write_atomically
 from clair.data.dataset import CONTRAST, SPLITS, balance_text, read_manifest, read_rows, scores_texts
 from clair.data.records import message_text
 from clair.pipeline.filters import FILTERS
+from clair.prompting.calls import with_calls
 from clair.prompting.parse import FAILURES
 from clair.reporting.html_page import clip, diff, histogram, html_page, json_text, round_edges
 from clair.reporting.review import FORMAT, REASON, STAGE, fingerprint
@@ -100,7 +101,8 @@ def _texts(folder: Path, rows: Rows, listed: Sequence[int], free_bytes: int) -> 
 
 def full_text(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
     """The texts of a pair, each clipped to about `limit` characters, with the diff from rejected to chosen."""
-    chosen, rejected = (clip(row[side][-1]["content"], limit) for side in ("chosen", "rejected"))
+    turns = (row[side][-1] for side in ("chosen", "rejected"))
+    chosen, rejected = (clip(with_calls(turn["content"] or "", turn.get("tool_calls") or ()), limit) for turn in turns)
     models = row.get("models") or {}
     return {
         "prompt": [[turn["role"], clip(message_text(turn), limit)] for turn in row["prompt"]],

@@ -91,6 +91,7 @@ class Reply:
     finish_reason: str = "stop"
     spoilt: str | None = None
     refusal: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

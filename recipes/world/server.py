@@ -30,6 +30,7 @@ from aiohttp import web
 
 from recipes.world.judge import SCORE, Leanings, judge, score
 from recipes.world.reviser import Misbehaviour, Plan, Reply, answer, cut, plan, revise, share, user_texts
+from recipes.world.tides import call, revise_call
 
 MODELS = ("world-reviser", "world-target", "world-stronger", "world-judge", "world-second-judge")
 
@@ -208,14 +209,17 @@ class World:
         if body["model"] in ("world-target", "world-stronger"):
             ids = [f"{body_id}-{n}" if n else body_id for n in range(count)]
             replies = [answer(turns[-1], seed, id, stronger=body["model"] == "world-stronger") for id in ids]
+            if body.get("tools") and (tool_call := call(turns[-1], seed, body_id)):
+                replies = [Reply("", "tool_calls", tool_calls=(tool_call,))] * count
         elif SCORE in turns[0] or body["model"] == "world-second-judge":
             second = body["model"] == "world-second-judge"
             replies = [score(turns, planned, seed=seed, body=body_id, second=second)] * count
         elif body["model"] == "world-judge":
             replies = [judge(turns, planned, seed=seed, body=body_id, leanings=self.options.leanings)] * count
         else:
+            mended = revise_call(turns, planned)
             mistaken = share(seed, body_id, "reviser error") < self.options.reviser_error
-            replies = [revise(turns, planned, polish=self.options.polish, mistaken=mistaken)] * count
+            replies = [mended or revise(turns, planned, polish=self.options.polish, mistaken=mistaken)] * count
         if spoilt := replies[0].spoilt:
             self.counts.misbehaviours[spoilt] += 1
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
@@ -233,7 +237,8 @@ def completion_object(body: dict[str, Any], body_id: str, replies: list[Reply]) 
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": reply.text, "refusal": reply.refusal},
+            "message": {"role": "assistant", "content": reply.text, "refusal": reply.refusal}
+            | ({"tool_calls": list(reply.tool_calls)} if reply.tool_calls else {}),
             "logprobs": None,
             "finish_reason": reply.finish_reason,
         }

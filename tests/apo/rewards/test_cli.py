@@ -363,3 +363,32 @@ def test_a_user_is_kept_whole_or_not_at_all(world, tmp_path, monkeypatch):
         save_user(reward, "ann", torch.tensor([0.9, 0.1]), [])
     monkeypatch.undo()
     assert Reward.load(tmp_path / "pal").states["ann"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.slow
+def test_a_build_scores_answers_with_a_fitted_reward_as_its_checker(world, tmp_path):
+    """`apo reward serve` in a process of its own gives the win rates that `apo reward score` gives."""
+    import sys
+
+    from clair.data.dataset import read_rows
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
+
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()][:4]
+    answers = [[pair[side][0]["content"] for side in ("rejected", "chosen")] for pair in pairs]
+    prompts = [{"id": p["id"], "prompt": p["prompt"], "answers": a} for p, a in zip(pairs, answers, strict=True)]
+    command = [sys.executable, "-m", "apo.cli", "reward", "serve", str(world / "pal"), "--user", "u0"]
+    scores = {"checker": {"command": command, "seconds": 300, "processes": 1, "megabytes": 30_000}}
+    prompts_file = write(tmp_path / "prompts.jsonl", prompts)
+    recipe = {"pipeline": "judged", "prompts": {"path": prompts_file}, "scores": scores, "out": str(tmp_path / "out")}
+    build(BuildConfig.model_validate(recipe))
+    dataset = write(tmp_path / "pairs.jsonl", pairs)
+    assert (
+        run("reward score", dataset=dataset, reward=world / "pal", user="u0", out=tmp_path / "s.jsonl").exit_code == 0
+    )
+    expected = {row["id"]: row for row in map(json.loads, (tmp_path / "s.jsonl").read_text().splitlines())}
+    built = list(read_rows(tmp_path / "out"))
+    assert len(built) == 4
+    for row in built:
+        wanted = [expected[row["id"]][name] for name in ("score_chosen", "score_rejected")]
+        assert [row["score_chosen"], row["score_rejected"]] == pytest.approx(sorted(wanted, reverse=True), abs=1e-5)
