@@ -212,6 +212,9 @@ def activation_bytes(job: Job, row: PassCost) -> float:
                      (5 h + a + i) c under autocast, with c = 4 if the adapter is in float32 and the weights are not
 
     Rejected branches store their own keys and values, 2 a c each, and a float mask, c per query-key product.
+
+    Packed rows in float32 on a CPU (`apo.packing.fused`, `apo.packing.attention`) store 4 h for a norm, 2 i c for a
+    gated MLP that is not in 4 bits, nothing for the input of its last matrix, and nothing more for rejected branches.
     """
     layer = _layer_bytes(job, row)
     if job.checkpointing:
@@ -222,12 +225,17 @@ def activation_bytes(job: Job, row: PassCost) -> float:
 
 def _layer_bytes(job: Job, row: PassCost) -> float:
     sizes, c = job.sizes, job.compute
-    norms = 2 * sizes.hidden * (4 + (0 if job.is_adapter else job.weight))
+    by_hand = job.packed and not job.on_gpu and c == 4 and not job.mixed
+    recomputed = by_hand and not job.quantized
+    norms = 2 * sizes.hidden * (4 + (0 if job.is_adapter or by_hand else job.weight))
     converted = job.mixed or (job.is_adapter and c < 4 and not job.zero)  # DeepSpeed rounds the adapter too
-    inputs = (5 if converted else 2) * sizes.hidden + sizes.heads + sizes.inner
+    inputs = (5 if converted else 2) * sizes.hidden + sizes.heads + (0 if recomputed else sizes.inner)
     inputs *= c if job.mixed or not converted else 4
-    gated = 3 * sizes.inner * (job.weight if job.quantized else c)  # bitsandbytes returns the type of its input
-    return (norms + inputs + 4 * sizes.heads * c + gated) * row.tokens + 2 * sizes.heads * c * row.keys + c * row.masked
+    gated = (
+        (2 if recomputed else 3) * sizes.inner * (job.weight if job.quantized else c)
+    )  # bitsandbytes returns the type of its input
+    copies = 0 if by_hand else 2 * sizes.heads * c * row.keys + c * row.masked
+    return (norms + inputs + 4 * sizes.heads * c + gated) * row.tokens + copies
 
 
 def _hole_bytes(job: Job, row: PassCost) -> float:

@@ -15,6 +15,7 @@ import torch
 
 from apo.packing.attention import NAME, ORIGINAL_ATTENTION, fastest_backend
 from apo.packing.batch import PairBatch
+from apo.packing.fused import restore_plain, use_fused
 from apo.packing.head import head_logps
 from apo.packing.layout import PackedRow
 from apo.packing.logps import PairLogps, padded_logps
@@ -56,6 +57,7 @@ def enable_packing(model: torch.nn.Module, backend: str = "split") -> None:
         return head_logps(self, hidden[0, shared_prefix.predictors], shared_prefix.labels)
 
     use_onednn(base)
+    use_fused(base)
     base._plain_forward = plain
     base.forward = types.MethodType(forward, base)
     configs = {id(module.config): module.config for module in _with_config(base)}
@@ -73,6 +75,7 @@ def disable_packing(model: torch.nn.Module) -> None:
     if "_plain_forward" in vars(base):
         base.forward = vars(base).pop("_plain_forward")
         restore_linear(base)
+        restore_plain(base)
         for module in _with_config(base):
             if ORIGINAL_ATTENTION in vars(module):
                 module.config._attn_implementation = vars(module).pop(ORIGINAL_ATTENTION)
