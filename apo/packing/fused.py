@@ -93,9 +93,10 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, tanh: bool) -> torch.Tensor:
 
 
 def _applies(x: torch.Tensor) -> bool:
-    """True for training in float32 or float64 on a CPU, where nothing is converted."""
+    """True in float32 or float64 on a CPU, where nothing is converted; also without gradient, so that policy and
+    reference round alike."""
     plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
-    return plain and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+    return plain and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
 
 
 def _norm_forward(self: Any, x: torch.Tensor) -> Any:
