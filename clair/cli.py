@@ -189,13 +189,12 @@ def show(
     from itertools import islice
 
     from clair.core.console import show as print_
-    from clair.core.errors import near_miss
+    from clair.core.errors import check_known
     from clair.data.dataset import SPLITS, read_manifest, read_rows
     from clair.terminal import pair_panel
 
     read_manifest(folder)
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}{near_miss(split, SPLITS)}; allowed: {', '.join(SPLITS)}")
+    check_known("unknown split", split, SPLITS)
     for row in islice(read_rows(folder, [split]), n):
         print_(pair_panel(row))
 
@@ -244,14 +243,13 @@ def export(
 ) -> None:
     """Write the pairs as JSONL rows: preference (TRL), unpaired (KTO), or plain text."""
     from clair.core.console import show as print_
-    from clair.core.errors import near_miss
+    from clair.core.errors import check_known
     from clair.data.dataset import SPLITS
     from clair.pipeline.export import FORMS
     from clair.pipeline.export import export as write
 
-    for name, value, allowed in (("form", as_, FORMS), ("split", split, SPLITS)):
-        if value not in allowed:
-            raise UserError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
+    check_known("unknown form", as_, FORMS)
+    check_known("unknown split", split, SPLITS)
     print_(f"{write(as_, folder, split, out)} rows in {out}")  # pyright: ignore[reportArgumentType]  # checked above
 
 

@@ -34,8 +34,7 @@ from clair.inference.model_folder import weights_identity
 from clair.pipeline.build import BuildResult, check_resumable, recorded_recipe
 from clair.pipeline.config import BuildConfig, changed_content_keys
 from clair.pipeline.output_dir import CURRENT_ROW, lock_output
-from clair.pipeline.shards import Shard, can_share_budget, list_shards, shard_config, shards_location
-from clair.storage.location import Location
+from clair.pipeline.shards import Shard, can_share_budget, list_shards, shard_config, shard_count, shards_location
 from clair.storage.object_store import InUse, Store
 
 _POLL_SECONDS = 0.3
@@ -70,7 +69,9 @@ def build_on_ray(
     folder = shards_location(config.out)
     with lock_output(folder):
         existing, _ = list_shards(folder)
-        count = _shard_count(folder, existing, shards)
+        count = shard_count(folder, existing)
+        if count and shards and count != shards:
+            raise UserError(f"{folder.public} holds shards of {count}; go on with --shards {count}, or move them away")
         with lock_output(config.out) as output:
             if not existing:
                 _check_no_unsharded_ledger(config)
@@ -87,20 +88,6 @@ def build_on_ray(
 
 
 # ---- before any work
-
-
-def _shard_count(folder: Location, existing: Set[Shard], requested: int | None) -> int | None:
-    """The number of shards in the folder, if any. Raises UserError if it is ambiguous, or not the requested number."""
-    folder_name, counts = folder.public, {shard.count for shard in existing}
-    if len(counts) > 1:
-        several = ", ".join(map(str, sorted(counts)))
-        raise UserError(
-            f"{folder_name} holds shards of several numbers ({several}); move those away that do not belong"
-        )
-    count = next(iter(counts), None)
-    if count and requested and count != requested:
-        raise UserError(f"{folder_name} holds shards of {count}; go on with --shards {count}, or move them away")
-    return count
 
 
 def _check_no_unsharded_ledger(config: BuildConfig) -> None:
@@ -173,8 +160,7 @@ class _Job:
         return self.stopped
 
     def _unfinished(self, existing: Set[Shard]) -> Iterator[str]:
-        local = {role: model for role, model in self.config.models.items() if model.path is not None}
-        identities = {role: weights_identity(model.path) for role, model in local.items() if model.path}
+        identities = {role: weights_identity(model.path) for role, model in self.config.models.items() if model.path}
         started = [name for name, shard in self.shards.items() if shard in existing]
         finished = dict(zip(started, self.pool.map(partial(self._finished_rows, identities), started), strict=True))
         for name in self.shards:

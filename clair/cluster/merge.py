@@ -27,7 +27,7 @@ from clair.pipeline.balance import LengthBalance
 from clair.pipeline.config import BuildConfig, changed_content_keys, without_file_hashes
 from clair.pipeline.output_dir import Output, check_output, lock_output
 from clair.pipeline.scores import scores_summary
-from clair.pipeline.shards import Shard, list_shards
+from clair.pipeline.shards import Shard, list_shards, shard_count
 from clair.pipeline.steps import position_bias
 from clair.storage.location import Location
 
@@ -74,19 +74,13 @@ def _allow_files(count: int) -> None:
 def _locations(folder: Location) -> list[Location]:
     """The folders or URLs of all shards, in order. Raises UserError naming those that are missing."""
     shards, finished = list_shards(folder)
-    folder_name = folder.public
-    if not shards:
-        raise UserError(f"{folder_name} holds no shards (folders such as 1-of-4); give the folder that --shard made")
-    of = max(shard.count for shard in shards)
-    strange = [shard.name for shard in sorted(shards, key=lambda shard: shard.index) if shard.count != of]
-    if strange:
-        raise UserError(
-            f"{folder_name} holds shards of {of} and others ({strange[0]}); move those away that do not belong"
-        )
+    of = shard_count(folder, shards)
+    if of is None:
+        raise UserError(f"{folder.public} holds no shards (folders such as 1-of-4); give the folder that --shard made")
     missing = [f"{index}/{of}" for index in range(1, of + 1) if Shard(index, of) not in finished]
     if missing:
         raise UserError(
-            f"{folder_name} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first"
+            f"{folder.public} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first"
         )
     return [folder / Shard(index, of).name for index in range(1, of + 1)]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import TypeVar
 
 from clair.core.progress import printable
 
+E = TypeVar("E", bound=BaseException)
 EXIT_USER_ERROR = 2
 """An error of the user, reported in one line before any work. Existing outputs are unharmed."""
 EXIT_SOME_FAILED = 3
@@ -43,10 +45,23 @@ def error_chain(error: BaseException) -> str:
     return one_line(": ".join(messages) or type(error).__name__)
 
 
+def find_cause(error: BaseException | None, kind: type[E]) -> E | None:
+    """The error or the first of its causes that is of this kind, else None. Libraries wrap each other's errors."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def list_some(values: Sequence[object], max_count: int) -> str:
     """The first values, such as `'a', 'b' and 3 more`."""
     more = f" and {len(values) - max_count} more" if len(values) > max_count else ""
     return ", ".join(map(repr, values[:max_count])) + more
+
+
+def check_known(kind: str, name: str, allowed: Collection[str]) -> None:
+    """Raise UserError unless a name is allowed, with the most similar allowed one. `kind` starts the message."""
+    if name not in allowed:
+        raise UserError(f"{kind} {name!r}{near_miss(name, allowed)}; allowed: {', '.join(allowed)}")
 
 
 def near_miss(name: str, allowed: Iterable[str]) -> str:

@@ -24,13 +24,14 @@ from threading import Thread
 from typing import Any
 
 from clair.core.files import content_hash, file_sha256, publish, read_json
+from clair.data.contrast import Contrast
 from clair.data.preference_sources import load_preferences
 from clair.data.records import LABELS, Dropped
 from clair.data.row_files import is_json_list, parquet_rows
 from clair.storage.location import Location, report_as
 
 SPLITS = ("train", "test")
-CONTRAST = ("jaccard", "levenshtein", "kept", "prefix", "length_ratio")
+CONTRAST = Contrast._fields
 ROWS_PER_GROUP = 5000
 """Rows per Parquet row group. A writer holds 18 kB of metadata per group until the file ends."""
 

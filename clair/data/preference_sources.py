@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clair.core.errors import UserError, error_chain, near_miss
+from clair.core.errors import UserError, check_known, error_chain, find_cause, near_miss
 from clair.core.files import file_sha256
 from clair.data.message_reader import require_utf8
 from clair.data.preferences import (
@@ -63,9 +63,8 @@ def load_preferences(
     column that does not exist, and for the first row that cannot be read, with its location.
     """
     columns = dict(columns or {})
-    if unknown := next((key for key in columns if key not in NAMES), None):
-        allowed = ", ".join(NAMES)
-        raise UserError(f"columns: unknown name {unknown!r}{near_miss(unknown, NAMES)}; allowed: {allowed}")
+    for key in columns:
+        check_known("columns: unknown name", key, NAMES)
     path = Location(path)
     location = f"dataset {path.public}"
     try:
@@ -79,7 +78,7 @@ def load_preferences(
     except UserError:
         raise
     except Exception as error:  # an unknown name or split, or no network: report the library's message
-        if cause := _user_error(error):
+        if cause := find_cause(error, UserError):
             raise cause from error
         raise UserError(f"dataset {path.public!r}, split {split!r}: {error_chain(error)}") from error
 
@@ -326,10 +325,3 @@ def _to_text(value: Any) -> str | None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode()
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that caused a library's error, because `datasets` wraps it."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from clair.core.errors import UserError
-from clair.data.records import LABELS, Message, Messages, Prompt, Tools, content_id
+from clair.data.records import LABELS, Message, Messages, Prompt, Tools, content_id, replace_surrogates
+from clair.data.row_formats import ROLES
 
-_ROLES = ("system", "user", "assistant", "tool", "developer")
 _MESSAGE_KEYS = {"name": str, "tool_calls": list, "tool_call_id": str, "reasoning_content": str}
 """The keys that a message may have beside role and content, and their types."""
 _SCORE_KEYS = ("score", "overall_score", "rating")
@@ -40,7 +40,7 @@ def read_prompt(row: Any, names: Mapping[str, str], location: str) -> Prompt:
     labels = {
         name: _label(row[names[name]], names[name], location) for name in LABELS if row.get(names[name]) is not None
     }
-    return Prompt(_replace_surrogates(str(id)), messages, answer, answers, scores, labels, tools, stronger, reference)
+    return Prompt(replace_surrogates(str(id)), messages, answer, answers, scores, labels, tools, stronger, reference)
 
 
 def _tools(value: Any, column: str, location: str) -> Tools:
@@ -63,14 +63,14 @@ def _label(value: Any, column: str, location: str) -> str:
             f"{location}: {column} is {value!r}, not text or a whole number; name another column (or none that is "
             f"there) under prompts.columns"
         )
-    return _replace_surrogates(str(value))
+    return replace_surrogates(str(value))
 
 
 def _messages(value: Any, location: str) -> Messages:
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"{location}: the prompt is empty; every row needs text")
-        return ({"role": "user", "content": _replace_surrogates(value)},)
+        return ({"role": "user", "content": replace_surrogates(value)},)
     turns = list(value) if isinstance(value, list | tuple) or hasattr(value, "tolist") else []
     if not turns:
         raise UserError(f"{location}: the prompt is {type(value).__name__}, not text or a list of messages")
@@ -83,11 +83,11 @@ def _messages(value: Any, location: str) -> Messages:
 def _message(turn: Any, location: str) -> Message:
     role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
     content = _join_text_items(content)
-    calls = role in _ROLES and isinstance(turn.get("tool_calls"), list) and turn["tool_calls"]
-    if role not in _ROLES or not (isinstance(content, str) or (content is None and calls)):
+    calls = role in ROLES and isinstance(turn.get("tool_calls"), list) and turn["tool_calls"]
+    if role not in ROLES or not (isinstance(content, str) or (content is None and calls)):
         raise UserError(
             f"{location}: a message of the prompt is not {{role, content}} with text content and a role of "
-            f"{', '.join(_ROLES)}"
+            f"{', '.join(ROLES)}"
         )
     extra = {
         key: value for key, value in turn.items() if key not in ("role", "content") and value not in (None, "", [])
@@ -102,7 +102,7 @@ def _message(turn: Any, location: str) -> Message:
             )
         if not isinstance(value, kind):
             raise UserError(f"{location}: {key} of a message is {type(value).__name__}, not {kind.__name__}")
-    text = content if content is None else _replace_surrogates(content)
+    text = content if content is None else replace_surrogates(content)
     return cast("Message", {"role": role, "content": text, **_replace_all_surrogates(extra)})
 
 
@@ -118,7 +118,7 @@ def _answer(value: Any, location: str) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, str):
-        return _replace_surrogates(value)
+        return replace_surrogates(value)
     if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
         if value[0].get("tool_calls"):
             raise UserError(f"{location}: the answer calls a tool; only text can be compared or revised")
@@ -153,18 +153,13 @@ def _answers(
     except (TypeError, ValueError) as error:
         raise UserError(f"{location}: a score is not a number ({error})") from error
     finite = [number if math.isfinite(number) else math.nan for number in numbers]
-    return tuple(map(_replace_surrogates, entries)), () if all(map(math.isnan, finite)) else tuple(finite)
-
-
-def _replace_surrogates(text: str) -> str:
-    """`text` with the replacement character for each half of a surrogate pair, which UTF-8 cannot encode."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return tuple(map(replace_surrogates, entries)), () if all(map(math.isnan, finite)) else tuple(finite)
 
 
 def _replace_all_surrogates(value: Any) -> Any:
-    """A JSON value with `_replace_surrogates` applied to each of its texts."""
+    """A JSON value with `replace_surrogates` applied to each of its texts."""
     if isinstance(value, Mapping):
         return {key: _replace_all_surrogates(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_replace_all_surrogates(inner) for inner in value]
-    return _replace_surrogates(value) if isinstance(value, str) else value
+    return replace_surrogates(value) if isinstance(value, str) else value

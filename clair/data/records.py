@@ -26,6 +26,11 @@ class Message(TypedDict):
 Messages = tuple[Message, ...]
 
 
+def replace_surrogates(text: str) -> str:
+    """`text` with the replacement character for each half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def message_text(message: Mapping[str, Any]) -> str:
     """The text of a turn: its content, then its tool calls as JSON."""
     content, calls = message.get("content") or "", message.get("tool_calls")

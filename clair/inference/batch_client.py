@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from clair.inference.batch_queue import Batch, BatchQueue, Outcome, Settled
+from clair.inference.batch_queue import Batch, BatchQueue, Outcome
 from clair.inference.batch_service import BatchService, Pending, parse_outcome, retry_outcome, wait_for_event
 from clair.inference.budget import NOTHING, Budget, BudgetExceeded
 from clair.inference.config import BatchConfig
@@ -254,11 +254,7 @@ class BatchClient:
                 break
         # If the service has lost results, any request without an outcome may have been billed.
         billed = NOTHING if self.queue.count_waiting(batch) <= not_run else None
-        while keys := self.queue.waiting_keys(batch):
-            outcomes = [retry_outcome(key, f"batch {info.status}", billed) for key in keys]
-            settled += await self._settle(batch, outcomes)
-        await self.queue.close_batch(batch)
-        return settled
+        return settled + await self._requeue(batch, billed, f"batch {info.status}", is_try=True)
 
     async def _read(self, batch: Batch, file_id: str) -> _ResultFile:
         """Download a result file and settle its outcomes."""
@@ -276,16 +272,17 @@ class BatchClient:
         complete = last.endswith(b"\n") or parse_outcome(last.decode("utf-8", "replace"), str) is not None
         return _ResultFile(settled, len(listed), complete)
 
-    async def _settle(self, batch: Batch, outcomes: list[Outcome]) -> int:
+    async def _settle(self, batch: Batch, outcomes: list[Outcome], *, is_try: bool = True) -> int:
+        """Write outcomes to the ledger, and return the unused reserve to the budget. `is_try`: count them as tries."""
         settlements = await self.queue.settle(batch, outcomes)
         for settled in settlements:
-            self._count(settled)
+            self.budget.settle_batch(self.role, settled.reserved, settled.billed)
+            if is_try:
+                self._count(settled.outcome)
         return len(settlements)
 
-    def _count(self, settled: Settled) -> None:
-        """Return the unused reserve to the budget; note a request that failed for good."""
-        outcome = settled.outcome
-        self.budget.settle_batch(self.role, settled.reserved, settled.billed)
+    def _count(self, outcome: Outcome) -> None:
+        """Count the tries of a request; note one that failed for good."""
         if outcome.error is None:
             self.answered += 1
             return
@@ -338,14 +335,14 @@ class BatchClient:
             ) from error
         return await self._requeue(batch, billed=None)
 
-    async def _requeue(self, batch: Batch, billed: Tokens | None = NOTHING) -> int:
+    async def _requeue(
+        self, batch: Batch, billed: Tokens | None = NOTHING, reason: str = "not run", *, is_try: bool = False
+    ) -> int:
         """Let all requests of a batch that have no outcome be queued again."""
         requeued = 0
         while keys := self.queue.waiting_keys(batch):
-            settlements = await self.queue.settle(batch, [retry_outcome(key, "not run", billed) for key in keys])
-            for settled in settlements:
-                self.budget.settle_batch(self.role, settled.reserved, settled.billed)
-            requeued += len(settlements)
+            outcomes = [retry_outcome(key, reason, billed) for key in keys]
+            requeued += await self._settle(batch, outcomes, is_try=is_try)
         await self.queue.close_batch(batch)
         return requeued
 

@@ -77,32 +77,15 @@ class BatchQueue:
 
     async def put(self, key: str, claim: Claim, body: bytes) -> StoredReply | ClaimResult:
         """Claim a request for this run and queue it, unless it is answered, in a batch, or sent by another run."""
-        return await self.ledger.write(lambda connection: self._put(connection, key, claim, body))
 
-    def _put(self, connection: sqlite3.Connection, key: str, claim: Claim, body: bytes) -> StoredReply | ClaimResult:
-        run = self.ledger.run
-        call = connection.execute("SELECT state, run, reply, digest, batch FROM calls WHERE key = ?", (key,)).fetchone()
-        if call is None:
-            connection.execute(
-                "INSERT INTO calls (key, state, role, model, row, run, payer, open_prompt, open_completion, batch) "
-                "VALUES (?, 'asked', ?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, claim.role, claim.model, claim.prompt_id, run, claim.account, *claim.max_tokens, _QUEUED),
-            )
-        elif call[0] == "done":
-            return self.ledger.verify(key, *call[2:])
-        elif call[0] == "asked" and self.ledger.in_batch(connection, key):
-            return ClaimResult.IN_BATCH
-        elif call[0] == "asked" and self.ledger.owned_by_live_run(call[1]):
-            return ClaimResult.IN_OTHER_RUN
-        else:
-            connection.execute(
-                "UPDATE calls SET state = 'asked', role = ?, run = ?, payer = ?, batch = ?, attempts = attempts + 1, "
-                "open_prompt = open_prompt + ?, open_completion = open_completion + ? WHERE key = ?",
-                (claim.role, run, claim.account, _QUEUED, *claim.max_tokens, key),
-            )
-        values = (key, self.service, run, _QUEUED, *claim.max_tokens, body)
-        connection.execute("INSERT INTO batched VALUES (?, ?, ?, ?, ?, ?, ?)", values)
-        return ClaimResult.GRANTED
+        def work(connection: sqlite3.Connection) -> StoredReply | ClaimResult:
+            result = self.ledger.claim_within(connection, key, claim, _QUEUED)
+            if result is ClaimResult.GRANTED:
+                values = (key, self.service, self.ledger.run, _QUEUED, *claim.max_tokens, body)
+                connection.execute("INSERT INTO batched VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            return result
+
+        return await self.ledger.write(work)
 
     async def withdraw(self) -> tuple[int, Tokens]:
         """Empty this run's queue; return the number of requests, and the tokens that were reserved for them."""
@@ -202,9 +185,7 @@ class BatchQueue:
 
     def unconfirmed(self) -> list[Batch]:
         """The batches of dead runs whose file was uploaded and which the service may or may not have begun."""
-        query = (
-            "SELECT name, run, requests, file, id FROM batches WHERE service = ? AND file IS NOT NULL AND id IS NULL"
-        )
+        query = f"{_BATCHES} WHERE service = ? AND file IS NOT NULL AND id IS NULL"
         batches = (Batch(*row) for row in self.ledger.read(query, self.service))
         return [
             batch for batch in batches if batch.run != self.ledger.run and not self.ledger.owned_by_live_run(batch.run)

@@ -9,6 +9,7 @@ from typing import IO, Any, TypeVar
 
 from clair.core.backoff import backoff
 from clair.core.errors import one_line
+from clair.data.records import replace_surrogates
 from clair.inference.batch_queue import Outcome
 from clair.inference.budget import NOTHING
 from clair.inference.model import (
@@ -17,7 +18,6 @@ from clair.inference.model import (
     RequestFailed,
     Unreachable,
     parse_reply,
-    replace_surrogates,
 )
 from clair.inference.openai import NotFound, OpenAIModel
 from clair.ledger.ledger import Tokens

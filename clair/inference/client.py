@@ -105,7 +105,8 @@ class ModelClient:
             if reply is None:
                 if self.failed and key in self.failed:
                     raise Dropped(self.role, *self.failed[key], failed=True)
-                result = await self._request(key, request, sample, row)
+                claim = Claim(self.role, self.model.name, row, self.spending.account, max_billed_tokens(request))
+                result = await self._request(_Call(key, request, sample, claim))
                 stored = result if isinstance(result, StoredReply) else None
                 reply = parse_reply(result.raw, tools=has_tools) if isinstance(result, StoredReply) else result
         except RequestFailed as error:
@@ -174,32 +175,29 @@ class ModelClient:
 
     # ---- claims
 
-    async def _request(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> Reply | StoredReply:
-        if self.batch is None or self.batch.takes_live(key):
-            return await self._request_once(key, request, sample, row)
+    async def _request(self, call: _Call) -> Reply | StoredReply:
+        if self.batch is None or self.batch.takes_live(call.key):
+            return await self._request_once(call)
         self._raise_if_stopped()
         await self.ready()
-        claim = Claim(self.role, self.model.name, row, self.spending.account, max_billed_tokens(request))
-        return await self.batch.enqueue(key, claim, request)
+        return await self.batch.enqueue(call.key, call.claim, call.request)
 
-    async def _request_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> Reply | StoredReply:
+    async def _request_once(self, call: _Call) -> Reply | StoredReply:
         """Share one call among equal requests of this run. A StoredReply if another run sent it and has the reply."""
-        if (shared_call := self._shared_calls.get(key)) is not None:
+        if (shared_call := self._shared_calls.get(call.key)) is not None:
             return await asyncio.shield(shared_call)
         self._raise_if_stopped()
-        call = _Call(key, request, sample, row, max_billed_tokens(request))
         task = asyncio.ensure_future(self._claim_and_call(call))
-        self._shared_calls[key] = task
-        task.add_done_callback(lambda task: (self._shared_calls.pop(key, None), _retrieve_exception(task)))
+        self._shared_calls[call.key] = task
+        task.add_done_callback(lambda task: (self._shared_calls.pop(call.key, None), _retrieve_exception(task)))
         return await asyncio.shield(task)
 
     async def _claim_and_call(self, call: _Call) -> Reply | StoredReply:
         await self.ready()
         while True:
             await self._acquire(call)
-            claim = Claim(self.role, self.model.name, call.row, self.spending.account, call.max_tokens)
             try:
-                result = await self.ledger.claim(call.key, claim)
+                result = await self.ledger.claim(call.key, call.claim)
             except BaseException:
                 self._release(call, NOTHING)
                 raise
@@ -365,8 +363,11 @@ class _Call:
     key: str
     request: Mapping[str, Any]
     sample: int
-    row: str
-    max_tokens: Tokens
+    claim: Claim
+
+    @property
+    def max_tokens(self) -> Tokens:
+        return self.claim.max_tokens
 
 
 def _retrieve_exception(task: asyncio.Future[Any]) -> None:

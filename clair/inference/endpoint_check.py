@@ -24,13 +24,23 @@ from clair.inference.openai import NotFound, OpenAIModel
 
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello"}],
-    [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."},
-     {"role": "user", "content": "And another one?"}],
+    [
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Blue."},
+        {"role": "user", "content": "And another one?"},
+    ],
     [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "What is two and two?"}],
-)  # fmt: skip
+)
 _SPEED_REQUESTS = 8
 _SPEED_TOKENS = 64
 _TURN_TOKENS = 256
+
+
+_MAX_MESSAGE = 200
+_REQUIRED = ("chat template", "end of turn", "truncation")
+"""Checks that fail if their request gets no answer; the others are then undecided."""
+Verdict = tuple[bool | None, str]
+"""`ok` and the message of a `Check`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +103,14 @@ async def _check(
             ("thinking switch", partial(_thinking_switch, endpoint, tokenizer)),
             ("samples", partial(_samples, endpoint)),
             ("logprobs", partial(_logprobs, endpoint)),
-            (f"speed, {_SPEED_REQUESTS} requests at once", partial(_speed, endpoint)),
+            ("tokens a second", partial(_speed, endpoint)),
         ):
             on_step(f"{endpoint.url}: {name}")
-            checks.append(await check())
+            try:
+                ok, message = await check()
+            except _NoAnswer as error:
+                ok, message = (False if name in _REQUIRED else None), str(error)
+            checks.append(Check(name, ok, message[:_MAX_MESSAGE]))
         return checks
     finally:
         await endpoint.close()
@@ -112,17 +126,21 @@ async def _only_model(endpoint: OpenAIModel) -> str:
     return names[0]
 
 
+class _NoAnswer(Exception):
+    """A request that the endpoint did not answer with a chat completion."""
+
+
 async def _ask(endpoint: OpenAIModel, messages: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
-    """The body of a chat completion, or `{"error": message}`."""
+    """The body of a chat completion. Raises _NoAnswer."""
     try:
         raw = await endpoint.complete({"messages": list(messages), "temperature": 0.0, **options})
     except (RequestFailed, RateLimited, Unreachable) as error:
-        return {"error": str(error)}
+        raise _NoAnswer(str(error)) from error
     try:
         body = json.loads(raw)
         body["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return {"error": f"no chat completion: {raw[:80]!r}"}
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise _NoAnswer(f"no chat completion: {raw[:80]!r}") from error
     return dict(body)
 
 
@@ -132,64 +150,57 @@ def _usage(body: Mapping[str, Any], name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-async def _template(endpoint: OpenAIModel, tokenizer: Any) -> Check:
+async def _template(endpoint: OpenAIModel, tokenizer: Any) -> Verdict:
     """Compare the server's count of prompt tokens with the tokenizer's: equal counts mean the same template."""
-    name = "chat template"
     if tokenizer is None:
-        return Check(name, None, "not compared: give --tokenizer")
+        return None, "not compared: give --tokenizer"
     for messages in _CONVERSATIONS:
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         except Exception as error:  # a template raises anything, for example if it takes no system prompt
             if messages is _CONVERSATIONS[-1]:
-                return Check(name, True, f"as the tokenizer's, which takes no system prompt ({error})"[:120])
+                return True, f"as the tokenizer's, which takes no system prompt ({error})"[:120]
             raise
-        body = await _ask(endpoint, messages, max_tokens=1)
-        if "error" in body:
-            return Check(name, False, f"a conversation of {len(messages)} turns is refused: {body['error']}"[:200])
-        counted = _usage(body, "prompt_tokens")
+        try:
+            counted = _usage(await _ask(endpoint, messages, max_tokens=1), "prompt_tokens")
+        except _NoAnswer as error:
+            return False, f"a conversation of {len(messages)} turns is refused: {error}"
         if counted is None:
-            return Check(name, None, "the server does not tell how many tokens a prompt has")
+            return None, "the server does not say how many tokens a prompt has"
         if counted != len(ids):
             counts = f"{counted} tokens at the server, {len(ids)} by the tokenizer's template"
-            return Check(name, False, f"{counts}, for {messages[-1]['content']!r}")
-    return Check(name, True, f"as many tokens as the tokenizer's, {len(_CONVERSATIONS)} conversations")
+            return False, f"{counts}, for {messages[-1]['content']!r}"
+    return True, f"as many tokens as the tokenizer's, {len(_CONVERSATIONS)} conversations"
 
 
-async def _end_of_turn(endpoint: OpenAIModel, tokenizer: Any) -> Check:
+async def _end_of_turn(endpoint: OpenAIModel, tokenizer: Any) -> Verdict:
     """Check that an answer ends by itself and contains no special token."""
-    name = "end of turn"
     body = await _ask(endpoint, _CONVERSATIONS[0], max_tokens=_TURN_TOKENS)
-    if "error" in body:
-        return Check(name, False, str(body["error"])[:200])
     text = str(body["choices"][0]["message"].get("content") or "")
     special = sorted(token for token in getattr(tokenizer, "all_special_tokens", ()) if token in text)
     if special:
-        return Check(name, False, f"{special[0]} stands in the answer: it is no stop token at the server")
+        return False, f"{special[0]} stands in the answer: it is no stop token at the server"
     finish = body["choices"][0].get("finish_reason")
     if finish is None or incomplete_reason(str(finish)):
-        return Check(name, None, f"the answer to 'Hello' did not end within {_TURN_TOKENS} tokens")
-    return Check(name, True, "the answer ends by itself, without a special token in it")
+        return None, f"the answer to 'Hello' did not end within {_TURN_TOKENS} tokens"
+    return True, "the answer ends by itself, without a special token in it"
 
 
-async def _truncation(endpoint: OpenAIModel) -> Check:
+async def _truncation(endpoint: OpenAIModel) -> Verdict:
     """Check that the server marks a truncated answer: else half an answer would become chosen or rejected."""
     body = await _ask(endpoint, [{"role": "user", "content": "Count from one to fifty, in words."}], max_tokens=2)
-    if "error" in body:
-        return Check("truncation", False, str(body["error"])[:200])
     finish, tokens = body["choices"][0].get("finish_reason"), _usage(body, "completion_tokens")
     if incomplete_reason(finish and str(finish)) == "truncated":
-        return Check("truncation", True, f"told as finish_reason {finish}")
+        return True, f"marked by finish_reason {finish}"
     if tokens is not None and tokens < 2:
-        return Check("truncation", None, f"the answer ended after {tokens} tokens")
-    return Check("truncation", False, f"max_tokens 2, and finish_reason {finish!r} after {tokens} tokens")
+        return None, f"the answer ended after {tokens} tokens"
+    return False, f"max_tokens 2, and finish_reason {finish!r} after {tokens} tokens"
 
 
-async def _thinking_switch(endpoint: OpenAIModel, tokenizer: Any) -> Check:
+async def _thinking_switch(endpoint: OpenAIModel, tokenizer: Any) -> Verdict:
     """Compare counts of prompt tokens in both modes of a thinking model: a server may ignore `chat_template_kwargs`."""
-    name = "thinking switch"
     if tokenizer is None or unknown_variable(tokenizer.chat_template, ["enable_thinking"]):
-        return Check(name, None, "not compared: no tokenizer whose template has enable_thinking")
+        return None, "not compared: no tokenizer whose template has enable_thinking"
     messages = _CONVERSATIONS[0]
     for mode in (True, False):
         options = {"enable_thinking": mode}
@@ -197,39 +208,36 @@ async def _thinking_switch(endpoint: OpenAIModel, tokenizer: Any) -> Check:
         body = await _ask(endpoint, messages, max_tokens=1, chat_template_kwargs=options)
         counted, expected = _usage(body, "prompt_tokens"), len(ids["input_ids"])
         if counted != expected:
-            found = body.get("error") or f"{counted} tokens at the server, {expected} by the tokenizer's template"
-            return Check(name, None, f"no effect: chat_template_kwargs {options}: {found}"[:200])
-    return Check(name, True, "chat_template_kwargs {enable_thinking} has its effect")
+            counts = f"{counted} tokens at the server, {expected} by the tokenizer's template"
+            return None, f"no effect: chat_template_kwargs {options}: {counts}"
+    return True, "chat_template_kwargs {enable_thinking} has its effect"
 
 
-async def _samples(endpoint: OpenAIModel) -> Check:
+async def _samples(endpoint: OpenAIModel) -> Verdict:
     """Check that a second answer differs: two answers of a server with a fixed seed make no judged pair."""
     messages = [{"role": "user", "content": "Tell me a story about something of your choice."}]
     texts = []
     for _ in range(2):
         body = await _ask(endpoint, messages, max_tokens=32, temperature=1.0)
-        if "error" in body:
-            return Check("samples", None, str(body["error"])[:200])
         texts.append(str(body["choices"][0]["message"].get("content")))
     if texts[0] == texts[1]:
-        return Check("samples", None, "two answers at temperature 1 are the same: judged pairs need others")
-    return Check("samples", True, "two answers at temperature 1 differ")
+        return None, "two answers at temperature 1 are the same: judged pairs need others"
+    return True, "two answers at temperature 1 differ"
 
 
-async def _logprobs(endpoint: OpenAIModel) -> Check:
+async def _logprobs(endpoint: OpenAIModel) -> Verdict:
     body = await _ask(endpoint, _CONVERSATIONS[0], max_tokens=2, logprobs=True, top_logprobs=1)
-    logprobs = None if "error" in body else body["choices"][0].get("logprobs")
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    return Check("logprobs", True, "available") if content else Check("logprobs", None, "not available")
+    logprobs = body["choices"][0].get("logprobs")
+    available = isinstance(logprobs, dict) and bool(logprobs.get("content"))
+    return (True, "available") if available else (None, "not available")
 
 
-async def _speed(endpoint: OpenAIModel) -> Check:
+async def _speed(endpoint: OpenAIModel) -> Verdict:
     started = time.monotonic()
     prompts = ([{"role": "user", "content": f"Tell me a story about the number {n}."}] for n in range(_SPEED_REQUESTS))
     bodies = await asyncio.gather(*(_ask(endpoint, messages, max_tokens=_SPEED_TOKENS) for messages in prompts))
     counts = [_usage(body, "completion_tokens") for body in bodies]
     if None in counts:
-        return Check("tokens a second", None, next((b["error"] for b in bodies if "error" in b), "usage is not told"))
+        return None, "the server does not say how many tokens an answer has"
     total = sum(count or 0 for count in counts)
-    seconds = time.monotonic() - started
-    return Check("tokens a second", True, f"{total / seconds:.0f} with {_SPEED_REQUESTS} requests at once")
+    return True, f"{total / (time.monotonic() - started):.0f} with {_SPEED_REQUESTS} requests at once"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from clair.core.errors import EXIT_BUDGET, UserError
-from clair.data.records import Reply, incomplete_reason
+from clair.data.records import Reply, incomplete_reason, replace_surrogates
 
 
 class Model(Protocol):
@@ -243,11 +243,6 @@ def _strip_marks(text: str) -> str:
 def visible_answer(answer: str) -> str:
     """An answer without hidden reasoning before it and without marks of a turn."""
     return _strip_marks(split_thinking(answer)[1])
-
-
-def replace_surrogates(text: str) -> str:
-    """Replace each unpaired surrogate, which JSON can hold and UTF-8 cannot, by the replacement character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _usage(usage: object) -> dict[str, int]:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from clair.core.errors import one_line
+from clair.core.errors import find_cause, one_line
 from clair.core.urls import (
     SECRET,
     environment_headers,
@@ -25,6 +25,7 @@ from clair.core.urls import (
     secrets_pattern,
     without_secrets,
 )
+from clair.data.records import replace_surrogates
 from clair.inference.model import (
     PaymentRequired,
     RateLimited,
@@ -33,7 +34,6 @@ from clair.inference.model import (
     Unreachable,
     completion_json,
     parse_reply,
-    replace_surrogates,
 )
 from clair.inference.rate_limit import Overtaken, queue_of_server
 
@@ -214,10 +214,10 @@ class OpenAIModel:
 
         from clair.inference.http.requests import without_queries
 
-        unconnected = _caused_by(error, aiohttp.ConnectionTimeoutError)
+        unconnected = find_cause(error, aiohttp.ConnectionTimeoutError) is not None
         timed_out = timed_out or unconnected
         message = replace_surrogates(self.redacted(one_line(without_queries(str(error)), 200)))
-        never_sent = unconnected or _caused_by(error, aiohttp.ClientConnectorError)
+        never_sent = unconnected or find_cause(error, aiohttp.ClientConnectorError) is not None
         return Unreachable("timeout" if timed_out else message, billed=not never_sent, busy=timed_out)
 
     def _failure(self, status: int, body: Any, headers: Mapping[str, str]) -> Exception:
@@ -334,13 +334,6 @@ def _error_text(body: Any, redacted: Callable[[str], str]) -> str:
     if isinstance(body, str):  # a secret may look like a tag
         return re.sub(r"(?s)<(style|script|head)\b.*?</\1>|</?[a-zA-Z!][^>]*>", " ", redacted(body))
     return "" if body is None else str(body)
-
-
-def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:
-    """True if `error` is an aiohttp error of this kind or has it as a cause."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__
-    return error is not None
 
 
 class NotFound(Exception):

@@ -200,7 +200,7 @@ class Ledger:
 
     async def claim(self, key: str, claim: Claim) -> StoredReply | ClaimResult:
         """Claim a request for this run, unless it is answered, in a batch, or claimed by another live run."""
-        return await self.write(lambda connection: self._claim(connection, key, claim))
+        return await self.write(lambda connection: self.claim_within(connection, key, claim))
 
     async def settle(self, key: str, raw: str, usage: Tokens, max_tokens: Tokens, seconds: float) -> None:
         """Write a reply and its usage, which replaces the `max_tokens` on the bill. On disk when this returns."""
@@ -248,11 +248,14 @@ class Ledger:
         # Cancelling the caller must not cancel the write: a paid reply is written in any case.
         return await asyncio.shield(future)
 
-    def _claim(self, connection: sqlite3.Connection, key: str, claim: Claim) -> StoredReply | ClaimResult:
+    def claim_within(
+        self, connection: sqlite3.Connection, key: str, claim: Claim, batch: str | None = None
+    ) -> StoredReply | ClaimResult:
+        """Claim a request within a transaction of the writing thread; `batch` as in the table `calls`."""
         inserted = connection.execute(
-            "INSERT OR IGNORE INTO calls (key, state, role, model, row, run, payer, open_prompt, open_completion) "
-            "VALUES (?, 'asked', ?, ?, ?, ?, ?, ?, ?)",
-            (key, claim.role, claim.model, claim.prompt_id, self.run, claim.account, *claim.max_tokens),
+            "INSERT OR IGNORE INTO calls (key, state, role, model, row, run, payer, open_prompt, open_completion, "
+            "batch) VALUES (?, 'asked', ?, ?, ?, ?, ?, ?, ?, ?)",
+            (key, claim.role, claim.model, claim.prompt_id, self.run, claim.account, *claim.max_tokens, batch),
         )
         if inserted.rowcount:
             return ClaimResult.GRANTED
@@ -265,9 +268,9 @@ class Ledger:
         if state == "asked" and self.owned_by_live_run(run):
             return ClaimResult.IN_OTHER_RUN
         connection.execute(
-            "UPDATE calls SET state = 'asked', run = ?, payer = ?, batch = NULL, attempts = attempts + 1, "
+            "UPDATE calls SET state = 'asked', role = ?, run = ?, payer = ?, batch = ?, attempts = attempts + 1, "
             "open_prompt = open_prompt + ?, open_completion = open_completion + ? WHERE key = ?",
-            (self.run, claim.account, *claim.max_tokens, key),
+            (claim.role, self.run, claim.account, batch, *claim.max_tokens, key),
         )
         return ClaimResult.GRANTED
 
@@ -307,16 +310,14 @@ class Ledger:
 
     def _commit(self, connection: sqlite3.Connection, batch: list[_Write]) -> list[tuple[_Write, Any]]:
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            results = [(write, write.work(connection)) for write in batch]
-            connection.execute("COMMIT")
+            with connection:  # commits, or rolls back after an error
+                connection.execute("BEGIN IMMEDIATE")
+                results = [(write, write.work(connection)) for write in batch]
             if self._replica:
                 self._replica.send(connection)
         except StorageError as error:  # the local ledger has these writes, and will have those in flight
             return [(write, LedgerError(str(error))) for write in batch]
         except Exception as error:  # any error has to reach the coroutines that wait
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
             self._broken = error if isinstance(error, LedgerError) else LedgerError(_error_message(self.path, error))
             return [(write, self._broken) for write in batch]
         return results

@@ -117,10 +117,10 @@ class LedgerReplica:
         except AlreadyExists as error:
             raise StorageError(f"{self.store.name} is written by another run too; this one stops") from error
         self._log, self._last = lines[0]["log"], number
-        connection.execute("BEGIN IMMEDIATE")
-        connection.executemany("DELETE FROM unsent WHERE kind = ? AND key = ?", changed)
-        self._save_position(connection)
-        connection.execute("COMMIT")
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany("DELETE FROM unsent WHERE kind = ? AND key = ?", changed)
+            self._save_position(connection)
         self._tail.append((segment, data))
         size = sum(len(content) for _, content in self._tail)
         if len(self._tail) >= _MAX_SMALL_SEGMENTS or size > _MAX_SMALL_BYTES:
@@ -133,11 +133,11 @@ class LedgerReplica:
     def _restart(self, connection: sqlite3.Connection, segments: list[_Segment]) -> None:
         """Mark all local rows as unsent and all segments as unread: the segments come from another ledger."""
         self._log, self._last = (self._replica_id(segments[0]) if segments else ""), 0
-        connection.execute("BEGIN IMMEDIATE")
-        for table, key in _TABLES.items():
-            connection.execute(f"INSERT OR IGNORE INTO unsent SELECT '{table}', {key} FROM {table}")  # noqa: S608
-        self._save_position(connection)
-        connection.execute("COMMIT")
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            for table, key in _TABLES.items():
+                connection.execute(f"INSERT OR IGNORE INTO unsent SELECT '{table}', {key} FROM {table}")  # noqa: S608
+            self._save_position(connection)
 
     # ---- from the store
 
@@ -172,22 +172,18 @@ class LedgerReplica:
 
     def _apply(self, connection: sqlite3.Connection, segment: _Segment) -> None:
         data = self.store.get(segment.name)
-        connection.execute("BEGIN IMMEDIATE")
         try:
-            for line in self._lines(segment, data):
-                if isinstance(line, dict):
-                    self._log = line["log"]
-                else:
-                    _apply_row(connection, *line)
-            self._last = segment.last
-            self._save_position(connection)
-            connection.execute("COMMIT")
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                for line in self._lines(segment, data):
+                    if isinstance(line, dict):
+                        self._log = line["log"]
+                    else:
+                        _apply_row(connection, *line)
+                self._last = segment.last
+                self._save_position(connection)
         except (ValueError, KeyError, TypeError) as error:
-            connection.execute("ROLLBACK")
             raise error if isinstance(error, StorageError) else self._damaged(segment, error) from error
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
 
     def _load_tail(self, segments: list[_Segment]) -> None:
         tail: list[_Segment] = []

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from clair.core.errors import UserError, near_miss
+from clair.core.errors import UserError, check_known, near_miss
 from clair.data.records import Pair, message_text
 from clair.prompting.parse import is_refusal
 
@@ -168,8 +168,7 @@ def make_filters(settings: Mapping[str, bool | Mapping[str, Any]], *, revisions:
     """
     off = OFF if revisions else OFF | REVISIONS_ONLY
     for name in settings:
-        if name not in FILTERS:
-            raise UserError(f"unknown filter {name!r}{near_miss(name, FILTERS)}; allowed: {', '.join(FILTERS)}")
+        check_known("unknown filter", name, FILTERS)
     return [
         (name, _bind_options(name, settings.get(name, name not in off)))
         for name in FILTERS

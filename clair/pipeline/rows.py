@@ -20,7 +20,8 @@ import math
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from itertools import chain
+from typing import TypeVar
 
 from clair.data.records import Dropped
 from clair.inference.batch_service import Pending
@@ -91,17 +92,17 @@ async def _map_ordered(
     """
     pending: deque[asyncio.Future[Result]] = deque()
     stop = asyncio.ensure_future(stopped.wait())
+    begun = (asyncio.ensure_future(work(row)) for row in rows)
     try:
-        for row in rows:
-            pending.append(asyncio.ensure_future(work(row)))
-            while pending and (pending[0].done() or len(pending) >= max_begun):
-                if not await _wait_for_task(pending[0], stop):
+        for task in chain(begun, (None,)):  # None: no row is left to begin
+            if task:
+                pending.append(task)
+            while pending and (task is None or pending[0].done() or len(pending) >= max_begun):
+                if not pending[0].done():
+                    await asyncio.wait({pending[0], stop}, return_when=asyncio.FIRST_COMPLETED)
+                if not pending[0].done():
                     return
                 yield pending.popleft().result()
-        while pending:
-            if not await _wait_for_task(pending[0], stop):
-                return
-            yield pending.popleft().result()
     finally:
         stop.cancel()
         if pending:
@@ -109,10 +110,3 @@ async def _map_ordered(
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
-
-
-async def _wait_for_task(task: asyncio.Future[Any], stop: asyncio.Future[Any]) -> bool:
-    """Wait for the task or the stop; True if the task is done."""
-    if not task.done():
-        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-    return task.done()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def list_shards(folder: Location) -> tuple[set[Shard], set[Shard]]:
     shards = {parse_shard(parts[0]) for parts in files if "-of-" in parts[0]}
     finished = {parts[0] for parts in files if parts[1:] == ("manifest.json",)}
     return shards, {shard for shard in shards if shard.name in finished}
+
+
+def shard_count(folder: Location, shards: Collection[Shard]) -> int | None:
+    """The number of shards that a build has by those in its folder; None without any. Raises UserError for several."""
+    counts = sorted({shard.count for shard in shards})
+    if len(counts) > 1:
+        several = ", ".join(map(str, counts))
+        raise UserError(
+            f"{folder.public} holds shards of several numbers ({several}); move those away that do not belong"
+        )
+    return counts[0] if counts else None
 
 
 def shard_config(config: BuildConfig, shard: Shard, *, shared: bool = False) -> BuildConfig:

@@ -115,11 +115,10 @@ def check_decisions(folder: str | Path, decisions: Decisions, out: str | Path | 
     """
     source = Path(folder)
     manifest = read_manifest(source)
-    if out is None and _applied(manifest, decisions):
-        return manifest
     if out is not None:
         _check_target(source, Path(out), manifest)
-    _check_fits(source, manifest, decisions)
+    if out is not None or not _applied(manifest, decisions):
+        _check_fits(source, manifest, decisions)
     return manifest
 
 

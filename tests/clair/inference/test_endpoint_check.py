@@ -88,7 +88,7 @@ def test_the_questions_are_printed_before_they_are_sent(server):
     check_endpoints([server.url], model="m", on_step=steps.append)
     assert [step.removeprefix(f"{server.url}: ") for step in steps] == [
         "which model is served", "chat template", "end of turn", "truncation", "thinking switch", "samples", "logprobs",
-        "speed, 8 requests at once",
+        "tokens a second",
     ]  # fmt: skip
 
 
