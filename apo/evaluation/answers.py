@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from apo.evaluation.config import is_transient
-from apo.evaluation.results import ModelUsed, Usage
+from apo.evaluation.config import BenchmarkConfig, check_result_folder, is_transient
+from apo.evaluation.records.benchmark import ModelUsed, Usage
 from clair.core.errors import UserError, one_line
 from clair.data.records import Dropped, Message
 from clair.inference.budget import Price
 from clair.inference.client import ModelClient, StopSignal
 from clair.inference.local import LocalModel
 from clair.inference.model_folder import adapter_base
+from clair.inference.open import check_models
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Tokens
 
@@ -167,7 +168,16 @@ def without_headers(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "headers"}
 
 
-def check_system_prompt(path: str, system: str) -> None:
+def check_run(config: BenchmarkConfig, result: str) -> None:
+    """Check the result folder, whose result file is `result`, and the models that get requests. Raises UserError."""
+    check_result_folder(config, result)
+    check_models(config.models, config.budget, config.seed)
+    model = config.model
+    if model is not None and model.is_local and model.path is not None and config.system is not None:
+        _check_system_prompt(model.path, config.system)
+
+
+def _check_system_prompt(path: str, system: str) -> None:
     """Check that a local model's template includes a system prompt. Raises UserError if it refuses or omits it."""
     from jinja2 import TemplateError
     from transformers import AutoTokenizer

@@ -33,18 +33,13 @@ def configs_by_model(config: Config, folders: Sequence[str]) -> list[Config]:
     if model is None or model.path is None or any(Location(folder).is_url for folder in folders):
         raise UserError("several models, and --runner, are for model folders; evaluate an endpoint alone")
     folders = list(folders) or [model.path]
-    budget = config.budget
-    if budget:
-        money, tokens = budget.money, budget.tokens
-        share = {"money": money and money / len(folders), "tokens": tokens and tokens // len(folders)}
-        budget = budget.model_copy(update=share)
     return [
         config.model_copy(
             update={
                 "model": model.model_copy(update={"path": folder}),
                 "out": config.out / name,
                 "ledger": config.ledger or str(config.ledger_path),
-                "budget": budget,
+                "budget": config.budget and config.budget.share(len(folders)),
             }
         )
         for folder, name in zip(folders, folder_names(folders), strict=True)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -57,20 +57,23 @@ class EvaluationConfig(Recipe):
 
 
 class BenchmarkConfig(EvaluationConfig):
-    """Settings of a benchmark of one model, or of its responses. Each benchmark has these keys in its own order."""
+    """Settings of a benchmark of one model, or of its responses."""
 
-    if TYPE_CHECKING:
-        model: ModelConfig | None
-        responses: str | None
-        system: str | None
-        samples: int
-
-    _responses: ClassVar[str] = "a file of responses"
+    model: ModelConfig | None = None
+    """The model that answers; absent if there are responses."""
+    responses: str | None = None
+    """The file or folder of existing answers."""
+    system: str | None = None
+    samples: int = Field(default=1, ge=1)
+    """Answers to each question."""
+    limit: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    """Seed of a local model's sampling."""
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
         if (self.model is None) == (self.responses is None):
-            raise ValueError(f"give either a model that answers or {self._responses}")
+            raise ValueError("give either a model that answers or responses")
         if self.responses is not None and (self.system is not None or self.samples > 1):
             raise ValueError("system and samples are for a model that answers; leave them out with responses")
         return self

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, variance
 from typing import Any
 
-from apo.evaluation.results import Interval, Scored
+from apo.evaluation.records.benchmark import Interval, Scored
 from clair.core.statistics import Estimate, clustered_score
 
 

@@ -8,7 +8,10 @@ from typing import Any, Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from apo.evaluation.results import MEASURES, IFEvalScore, InstructionScore, Interval, Results, Score, Split
+from apo.evaluation.records.benchmark import Interval
+from apo.evaluation.records.ifeval import MEASURES, IFEvalScore, InstructionScore
+from apo.evaluation.records.mixeval import MixEvalScore, Split
+from apo.evaluation.results import Results
 
 _SPLITS: tuple[tuple[Literal["free_form", "multiple_choice"], Split], ...] = (
     ("free_form", "free-form"),
@@ -21,7 +24,7 @@ def score_table(results: Results) -> Table:
     return _ifeval_table(results.score) if isinstance(results.score, IFEvalScore) else _mixeval_table(results.score)
 
 
-def _mixeval_table(score: Score) -> Table:
+def _mixeval_table(score: MixEvalScore) -> Table:
     """The score of each split and benchmark."""
     judge = score.judge.model or "rule parser"
     title = f"{score.model.name}: MixEval-{score.split.capitalize()} {score.version}, {score.profile}, judge {judge}"

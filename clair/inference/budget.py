@@ -87,6 +87,11 @@ class BudgetConfig(Recipe):
             raise ValueError("give either money or tokens")
         return self
 
+    def share(self, count: int) -> BudgetConfig:
+        """The budget of one of `count` equal parts."""
+        money, tokens = self.money and self.money / count, self.tokens and self.tokens // count
+        return self.model_copy(update={"money": money, "tokens": tokens})
+
 
 class BudgetExceeded(Exception):
     """The next call may cost more than the budget has left."""

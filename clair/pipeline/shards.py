@@ -80,9 +80,7 @@ def shard_config(config: BuildConfig, shard: Shard, *, shared: bool = False) -> 
         )
     changes: dict[str, Any] = {"out": shards_location(config.out) / shard.name}
     if config.budget and not (shared and can_share_budget(config)):
-        money, tokens = config.budget.money, config.budget.tokens
-        budget_share = {"money": money and money / shard.count, "tokens": tokens and tokens // shard.count}
-        changes["budget"] = config.budget.model_copy(update=budget_share)
+        changes["budget"] = config.budget.share(shard.count)
 
     def with_rate_shares(model: ModelConfig) -> ModelConfig:
         rates = {key: getattr(model, key) for key in ("requests_per_minute", "tokens_per_minute")}

@@ -18,7 +18,6 @@ from clair.core.files import content_hash
 from clair.core.statistics import wilson
 from clair.data.contrast import contrast_of
 from clair.data.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Revision, trimmed
-from clair.inference.batch_service import Pending
 from clair.inference.client import ModelClient
 from clair.inference.model import visible_answer
 from clair.pipeline.filters import Filters, first_drop_reason
@@ -138,12 +137,12 @@ async def revise(prompt: Prompt, original: Answer, reviser: Reviser) -> Revision
 async def gather_all(*steps: Coroutine[Any, Any, Step]) -> list[Step]:
     """Run steps concurrently and return their results. If some raise, raise the first error in order after all ended.
 
-    So no step of a dropped row goes on in the background, and the reported drop does not depend on timing. Pending
-    takes precedence, because the outcome that comes with the batch may be an earlier drop.
+    So no step of a dropped row goes on in the background, and the reported drop does not depend on timing. Any other
+    error takes precedence over Dropped, such as Pending: the reply that comes with the batch may be an earlier drop.
     """
     results = await asyncio.gather(*steps, return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]
-    for error in sorted(errors, key=lambda error: not isinstance(error, Pending)):
+    for error in sorted(errors, key=lambda error: isinstance(error, Dropped)):
         raise error
     return [result for result in results if not isinstance(result, BaseException)]
 

@@ -20,7 +20,9 @@ from apo.evaluation.compare.changes import RIGHT
 from apo.evaluation.compare.power import power_analysis
 from apo.evaluation.compare.rows import ComparedRow, model_names, pair_rows
 from apo.evaluation.intervals import mean_with_interval
-from apo.evaluation.results import MEASURES, SPLITS, IFEvalScore, Results, Score
+from apo.evaluation.records.ifeval import MEASURES, IFEvalScore
+from apo.evaluation.records.mixeval import SPLITS, MixEvalScore
+from apo.evaluation.results import Results
 from clair.core.errors import UserError
 from clair.core.provenance import provenance
 from clair.core.statistics import MIN_DIFFERING, best_of, clustered_score, holm, paired_difference
@@ -72,7 +74,7 @@ def comparison(
 def _model(name: str, results: Results) -> dict[str, Any]:
     score = results.score
     scores = {**score.reported, "samples": score.samples, "seed": score.seed}
-    fallbacks = {"fallbacks": score.fallbacks} if isinstance(score, Score) else {}
+    fallbacks = {"fallbacks": score.fallbacks} if isinstance(score, MixEvalScore) else {}
     counts = {"unresolved": score.unresolved, **fallbacks, "truncated": score.truncated}
     model = {"model": score.model.name, "identity": score.model.identity}
     return {"name": name, "folder": str(results.folder), **model, **scores, **counts}

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from apo.evaluation.results import Results, Scored, read_results
+from apo.evaluation.records.benchmark import Scored
+from apo.evaluation.results import Results, read_results
 from clair.core.errors import UserError
 
 Key = tuple[str, int | tuple[int, int]]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from apo.evaluation.answers import Answer, check_system_prompt
-from apo.evaluation.config import BenchmarkConfig, check_result_folder, with_batch_tokens
+from apo.evaluation.answers import Answer, check_run
+from apo.evaluation.config import BenchmarkConfig, with_batch_tokens
 from apo.evaluation.ifeval.benchmark import IFEvalRow, read_benchmark, read_responses
 from apo.evaluation.ifeval.checkers import instruction_types
 from apo.evaluation.results import SCORE
-from clair.core.errors import UserError, near_miss
+from clair.core.errors import check_known
 from clair.inference.config import ModelConfig
-from clair.inference.open import check_models
 
 
 class IFEvalModelConfig(ModelConfig):
@@ -25,21 +24,13 @@ class IFEvalModelConfig(ModelConfig):
 
 
 class IFEvalConfig(BenchmarkConfig):
-    """The settings of an evaluation on IFEval."""
+    """The settings of an evaluation on IFEval. `responses` is a file of rows of `prompt` and `response`."""
 
     prompts: str = Field(min_length=1)
     """The benchmark's input_data.jsonl, or prompts of the same format."""
     model: IFEvalModelConfig | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen
-    """The model that answers; absent if there are responses."""
-    responses: str | None = None
-    """A file of existing answers: rows of `prompt` and `response`."""
     groups: Mapping[str, tuple[str, ...]] = {}
     """Groups of instruction types that are reported apart, by name."""
-    system: str | None = None
-    samples: int = Field(default=1, ge=1)
-    limit: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
-    """Seed of a local model's sampling."""
 
     @property
     def models(self) -> dict[str, ModelConfig]:
@@ -57,16 +48,11 @@ class IFEvalInputs:
 
 def load_inputs(config: IFEvalConfig) -> IFEvalInputs:
     """Load and check all inputs before a request is sent or a file is written. Raises UserError."""
-    check_result_folder(config, SCORE)
+    check_run(config, SCORE)
     types = instruction_types()
     for group, names in config.groups.items():
         for name in names:
-            if name not in types:
-                raise UserError(f"groups.{group}: no instruction type {name!r}{near_miss(name, types)}")
+            check_known(f"groups.{group}: no instruction type", name, types)
     rows = read_benchmark(config.prompts, config.limit)
     answers = read_responses(config.responses, rows) if config.responses is not None else None
-    check_models(config.models, config.budget, config.seed)
-    if config.model is not None and config.model.is_local and config.system is not None:
-        assert config.model.path is not None
-        check_system_prompt(config.model.path, config.system)
     return IFEvalInputs(rows, answers)

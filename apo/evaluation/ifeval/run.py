@@ -15,7 +15,9 @@ from apo.evaluation.ifeval.checkers import checker_versions
 from apo.evaluation.ifeval.config import IFEvalConfig, IFEvalInputs, load_inputs
 from apo.evaluation.ifeval.score import aggregate, make_item
 from apo.evaluation.intervals import score_headline
-from apo.evaluation.results import IFEvalItem, IFEvalScore, Role, Usage, read_results, write_results
+from apo.evaluation.records.benchmark import Role, Usage
+from apo.evaluation.records.ifeval import IFEvalItem, IFEvalScore
+from apo.evaluation.results import read_results, write_results
 from apo.evaluation.rows import Progress, collect_results
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async

@@ -10,7 +10,7 @@ from apo.evaluation.answers import Answer
 from apo.evaluation.ifeval.benchmark import IFEvalRow
 from apo.evaluation.ifeval.checkers import follows
 from apo.evaluation.intervals import score_interval
-from apo.evaluation.results import MEASURES, IFEvalItem, Instruction, InstructionScore
+from apo.evaluation.records.ifeval import MEASURES, IFEvalItem, Instruction, InstructionScore
 
 
 def make_item(answer: Answer[IFEvalRow]) -> IFEvalItem:

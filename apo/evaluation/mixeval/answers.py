@@ -10,7 +10,7 @@ from typing import Any
 
 from apo.evaluation.answers import Answer, AnswerRequest
 from apo.evaluation.mixeval.benchmark import Benchmark, BenchmarkRow
-from apo.evaluation.results import SPLITS, Split
+from apo.evaluation.records.mixeval import SPLITS, Split
 from clair.core.errors import UserError
 from clair.core.files import read_text
 from clair.inference.model import visible_answer

@@ -4,40 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from apo.evaluation.answers import Answer, check_system_prompt
-from apo.evaluation.config import BenchmarkConfig, check_result_folder, with_batch_tokens
+from apo.evaluation.answers import Answer, check_run
+from apo.evaluation.config import BenchmarkConfig, with_batch_tokens
 from apo.evaluation.mixeval.answers import read_responses
 from apo.evaluation.mixeval.benchmark import VERSIONS, Benchmark, HardOrFull, JudgePrompts, load, load_judge_prompts
 from apo.evaluation.mixeval.judging import with_profile
-from apo.evaluation.results import SCORE, Profile
+from apo.evaluation.records.mixeval import Profile
+from apo.evaluation.results import SCORE
 from clair.inference.config import ModelConfig
-from clair.inference.open import check_models
 
 
 class MixEvalConfig(BenchmarkConfig):
-    """The settings of an evaluation on MixEval."""
+    """The settings of an evaluation on MixEval. `responses` is a folder, with a file of rows for each split."""
 
     data: str
     version: str = VERSIONS[0]
     split: HardOrFull = "hard"
     profile: Profile = "faithful"
-    model: ModelConfig | None = None
-    """The model that answers; absent if there are responses."""
-    responses: str | None = None
     judge: ModelConfig | Literal["rule"]
     """The judge. The profile sets its request options."""
-    system: str | None = None
-    samples: int = Field(default=1, ge=1)
-    limit: int | None = Field(default=None, ge=1)
     seed: int = Field(default=42, ge=0)
     """Seed of upstream's random fallback scores, a strict judge, and a local model's sampling."""
     independent_judgements: bool = False
     upstream_files: bool = False
-    _responses: ClassVar[str] = "a folder of responses"
 
     @model_validator(mode="after")
     def _fits(self) -> MixEvalConfig:
@@ -67,12 +60,8 @@ class MixEvalInputs:
 
 def load_inputs(config: MixEvalConfig) -> MixEvalInputs:
     """Load and check all inputs before a request is sent or a file is written. Raises UserError."""
-    check_result_folder(config, SCORE)
+    check_run(config, SCORE)
     benchmark = load(config.data, config.version, config.split, config.limit)
     prompts = load_judge_prompts(config.data) if config.judge != "rule" else None
     answers = read_responses(config.responses, benchmark) if config.responses is not None else None
-    check_models(config.models, config.budget, config.seed)
-    if config.model is not None and config.model.is_local and config.system is not None:
-        assert config.model.path is not None
-        check_system_prompt(config.model.path, config.system)
     return MixEvalInputs(benchmark, prompts, answers)

@@ -24,8 +24,8 @@ from apo.evaluation.mixeval.benchmark import (
     VERSIONS,
     HardOrFull,
 )
-from apo.evaluation.results import SPLITS, Split
-from clair.core.errors import UserError, near_miss
+from apo.evaluation.records.mixeval import SPLITS, Split
+from clair.core.errors import UserError, check_known
 from clair.core.files import write_atomically, write_json
 
 BASE = f"https://raw.githubusercontent.com/{UPSTREAM}/{COMMIT}"
@@ -49,9 +49,7 @@ def fetch(
     then on. Raises UserError, with nothing written, if the network or a file is missing or a file has another hash.
     """
     for version in versions:
-        if version not in VERSIONS:
-            message = f"MixEval has no version {version!r}{near_miss(version, VERSIONS)}; known: {', '.join(VERSIONS)}"
-            raise UserError(message)
+        check_known("MixEval has no version", version, VERSIONS, "known")
     folder = Path(out)
     files: dict[str, bytes] = {}
     for version in versions:

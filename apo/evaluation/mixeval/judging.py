@@ -19,7 +19,7 @@ from apo.evaluation.answers import Answer
 from apo.evaluation.config import is_transient
 from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts
 from apo.evaluation.mixeval.rules import chosen_letter, is_right
-from apo.evaluation.results import Item, Profile
+from apo.evaluation.records.mixeval import MixEvalItem, Profile
 from clair.core.files import content_hash
 from clair.data.records import Dropped, Reply
 from clair.inference.client import ModelClient
@@ -174,10 +174,10 @@ class Judge:
         return ROUNDS["faithful"] * (1 + int(content_hash([self.independent, answer.name, answer.sample])[:12], 16))
 
 
-def make_item(answer: Answer, judged: JudgeResult) -> Item:
+def make_item(answer: Answer, judged: JudgeResult) -> MixEvalItem:
     """The line of items.jsonl. Without a verdict the score is 0."""
     row, verdict = answer.row, judged.verdict
-    return Item(
+    return MixEvalItem(
         split=row.split,
         row=row.row,
         sample=answer.sample,
@@ -200,7 +200,9 @@ def make_item(answer: Answer, judged: JudgeResult) -> Item:
     )
 
 
-def with_fallbacks(items: Iterable[Item], rows: Mapping[tuple[str, int], BenchmarkRow], seed: int) -> list[Item]:
+def with_fallbacks(
+    items: Iterable[MixEvalItem], rows: Mapping[tuple[str, int], BenchmarkRow], seed: int
+) -> list[MixEvalItem]:
     """Give items without a verdict upstream's random scores and mark them; drawn in the order of `items`.
 
     A free-form answer gets a random decimal, a multiple-choice one the score of a random letter. Items without an

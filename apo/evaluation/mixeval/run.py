@@ -16,7 +16,9 @@ from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inp
 from apo.evaluation.mixeval.judging import Judge, JudgeResult, Verdict, judge_by_rule, make_item, with_fallbacks
 from apo.evaluation.mixeval.score import aggregate
 from apo.evaluation.mixeval.upstream import write_upstream_files
-from apo.evaluation.results import Item, JudgeUsed, Role, Score, Usage, read_results, write_results
+from apo.evaluation.records.benchmark import Role, Usage
+from apo.evaluation.records.mixeval import JudgeUsed, MixEvalItem, MixEvalScore
+from apo.evaluation.results import read_results, write_results
 from apo.evaluation.rows import Progress, collect_results
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 class MixEvalOutcome(Outcome):
     """The score of an evaluation and the number of different judge requests it rests on; no score if it ended early."""
 
-    score: Score | None = None
+    score: MixEvalScore | None = None
     requests: int = 0
 
     @property
@@ -128,10 +130,12 @@ class MixEvalRun:
         """All items of work; longest questions first for a local model."""
         return self.answerer.fill_batches(work_items(self.config, self.inputs), lambda indexed: indexed[1].row)
 
-    async def items(self, work: Sequence[tuple[int, Answer | AnswerRequest]], on_progress: Progress) -> list[Item]:
+    async def items(
+        self, work: Sequence[tuple[int, Answer | AnswerRequest]], on_progress: Progress
+    ) -> list[MixEvalItem]:
         """The finished items in the order of their indexes; incomplete if the run stops or requests fail."""
 
-        async def run_item(indexed: tuple[int, Answer | AnswerRequest]) -> tuple[int, Item]:
+        async def run_item(indexed: tuple[int, Answer | AnswerRequest]) -> tuple[int, MixEvalItem]:
             return indexed[0], await self._item(indexed[1])
 
         items = await collect_results(
@@ -141,7 +145,7 @@ class MixEvalRun:
             raise UserError(f"the model answered nothing: {self.answerer.refusals[0]}")
         return [item for _, item in sorted(items, key=lambda indexed: indexed[0])]
 
-    async def _item(self, work: Answer | AnswerRequest) -> Item:
+    async def _item(self, work: Answer | AnswerRequest) -> MixEvalItem:
         response = await self.answerer.answer(work)
         if response.unresolved is not None:
             return make_item(response, JudgeResult(Verdict(None, unresolved=response.unresolved)))
@@ -151,13 +155,13 @@ class MixEvalRun:
 
     # ---- the result
 
-    def write(self, items: Sequence[Item], seconds: float) -> Score:
+    def write(self, items: Sequence[MixEvalItem], seconds: float) -> MixEvalScore:
         """Score the finished items and write the result folder."""
         config, benchmark = self.config, self.inputs.benchmark
         if config.profile == "faithful":
             rows = {(row.split, row.row): row for row in benchmark.all_rows}
             items = with_fallbacks(items, rows, config.seed)
-        score = Score(
+        score = MixEvalScore(
             version=benchmark.version,
             split=benchmark.split,
             profile=config.profile,
@@ -205,5 +209,5 @@ class MixEvalRun:
         }
 
 
-def _no_answer(item: Item) -> bool:
+def _no_answer(item: MixEvalItem) -> bool:
     return item.unresolved is not None and item.unresolved.startswith("answer_")

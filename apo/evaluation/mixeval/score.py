@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from apo.evaluation.intervals import score_interval
-from apo.evaluation.results import SPLITS, BenchmarkScore, Interval, Item, Profile
+from apo.evaluation.records.benchmark import Interval
+from apo.evaluation.records.mixeval import SPLITS, MixEvalItem, Profile, SubsetScore
 
 _DECIMALS = 3
 
 
-def aggregate(items: Sequence[Item], profile: Profile) -> dict[str, Any]:
+def aggregate(items: Sequence[MixEvalItem], profile: Profile) -> dict[str, Any]:
     """The fields of a `Score` that are computed from its items.
 
     *faithful*: the mean of each split, duplicates included, rounded to 3 decimals; overall is their mean weighted by
@@ -43,7 +44,7 @@ def aggregate(items: Sequence[Item], profile: Profile) -> dict[str, Any]:
     }
 
 
-def interval(items: Sequence[Item], profile: Profile = "faithful") -> Interval:
+def interval(items: Sequence[MixEvalItem], profile: Profile = "faithful") -> Interval:
     """The uncertainty of the mean of items. Fields are None if there are too few items or one is `unanswered`.
 
     The bracket covers unresolved items, under *strict* also answers that were cut off.
@@ -51,12 +52,12 @@ def interval(items: Sequence[Item], profile: Profile = "faithful") -> Interval:
     return score_interval([item.scored(profile) for item in items])
 
 
-def _by_benchmark(items: Sequence[Item], profile: Profile) -> dict[str, BenchmarkScore]:
-    by_benchmark: dict[str, list[Item]] = defaultdict(list)
+def _by_benchmark(items: Sequence[MixEvalItem], profile: Profile) -> dict[str, SubsetScore]:
+    by_benchmark: dict[str, list[MixEvalItem]] = defaultdict(list)
     for item in items:
         by_benchmark[item.benchmark].append(item)
     return {
-        name: BenchmarkScore(
+        name: SubsetScore(
             score=_reported_mean(items_, profile),
             n=len(items_),
             right=round(math.fsum(item.score for item in items_), 12),
@@ -66,7 +67,7 @@ def _by_benchmark(items: Sequence[Item], profile: Profile) -> dict[str, Benchmar
     }
 
 
-def _reported_mean(items: Sequence[Item], profile: Profile) -> float | None:
+def _reported_mean(items: Sequence[MixEvalItem], profile: Profile) -> float | None:
     if any(item.unanswered for item in items):
         return None
     mean = math.fsum(item.score for item in items) / len(items)

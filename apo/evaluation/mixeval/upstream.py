@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apo.evaluation.mixeval.benchmark import Benchmark
-from apo.evaluation.results import SPLITS, Item, Score, Split
+from apo.evaluation.records.mixeval import SPLITS, MixEvalItem, MixEvalScore, Split
 from clair.core.files import write_atomically
 
 _KINDS: Mapping[Split, tuple[str, str]] = {
@@ -23,7 +23,7 @@ _KINDS: Mapping[Split, tuple[str, str]] = {
 }
 
 
-def write_upstream_files(out: Path, benchmark: Benchmark, score: Score, items: Sequence[Item]) -> Path:
+def write_upstream_files(out: Path, benchmark: Benchmark, score: MixEvalScore, items: Sequence[MixEvalItem]) -> Path:
     """Write the files under `out` and return their folder. `items` has one answer to each row."""
     model = _file_name(score.model.name)
     hard = score.split == "hard"
@@ -45,7 +45,7 @@ def write_upstream_files(out: Path, benchmark: Benchmark, score: Score, items: S
     return folder
 
 
-def _judgement(item: Item, kind: str) -> dict[str, Any]:
+def _judgement(item: MixEvalItem, kind: str) -> dict[str, Any]:
     if kind == "rule":
         return {"parsed_result": item.verdict, "eval_result": item.score == 1}
     verdict = {"judge_option": item.verdict} if item.split == "multiple-choice" else {"judge_score": item.score}

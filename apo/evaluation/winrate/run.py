@@ -6,7 +6,6 @@ each side, so that a judge that prefers the first answer shifts nothing. Judgeme
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import time
@@ -46,7 +45,7 @@ from clair.inference.model import visible_answer
 from clair.inference.open import check_models
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger
-from clair.pipeline.steps import Judge, judge_once, position_bias
+from clair.pipeline.steps import Judge, gather_all, judge_once, position_bias
 from clair.prompting.templates import JUDGE_NEEDS, load_template
 
 RESULT = "winrate.json"
@@ -175,7 +174,7 @@ class WinrateRun:
     async def _compare(self, row: tuple[Prompt, int]) -> Comparison:
         prompt, sample = row
         try:
-            base, tuned = await _gather_all(*(self._answer(side, prompt, sample) for side in SIDES))
+            base, tuned = await gather_all(*(self._answer(side, prompt, sample) for side in SIDES))
         except Dropped as dropped:
             if is_transient(dropped):
                 raise
@@ -187,14 +186,13 @@ class WinrateRun:
             return comparison
         try:
             shown = (prompt, base.text, tuned.text, self.judge)
-            verdicts = await _gather_all(judge_once(*shown, False), judge_once(*shown, True))
+            base_first, tuned_first = await gather_all(judge_once(*shown, False), judge_once(*shown, True))
         except Dropped as dropped:
             if is_transient(dropped):
                 raise
             reason = f"judge_{dropped.reason}" if dropped.failed else dropped.reason
             self.refusals += [f"judge: {dropped.detail}"] * dropped.failed
             return Comparison(prompt, sample, base, tuned, (None, None), ("", ""), reason)
-        base_first, tuned_first = verdicts
         winners = _WINNERS[base_first.better], _WINNERS[tuned_first.better]
         return Comparison(prompt, sample, base, tuned, winners, (base_first.reasoning, tuned_first.reasoning))
 
@@ -210,14 +208,6 @@ class WinrateRun:
         if incomplete and incomplete != "truncated":
             raise Dropped(side, incomplete, reply.refusal)
         return AnswerText(reply.text.strip(), incomplete == "truncated")
-
-
-async def _gather_all(first: Any, second: Any) -> list[Any]:
-    """Run both coroutines concurrently; if one fails, raise its error after both have ended."""
-    results = await asyncio.gather(first, second, return_exceptions=True)
-    for result in sorted((r for r in results if isinstance(r, BaseException)), key=lambda e: isinstance(e, Dropped)):
-        raise result
-    return results
 
 
 # ---- the result

@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from apo.evaluation.results import (
-    SPLITS,
-    BenchmarkScore,
-    Interval,
-    Item,
-    JudgeUsed,
-    ModelUsed,
-    Score,
-    write_results,
-)
+from apo.evaluation.records.benchmark import Interval, ModelUsed
+from apo.evaluation.records.mixeval import SPLITS, JudgeUsed, MixEvalItem, MixEvalScore, SubsetScore
+from apo.evaluation.results import write_results
 
 BENCHMARKS = {"free-form": ("TriviaQA", "DROP", "BBH"), "multiple-choice": ("MMLU", "HellaSwag", "ARC")}
 QUESTION = "The Nile flows through {n} countries and {split} of them meet at item {n}. Which one is it?"
@@ -30,7 +23,7 @@ def make_items(
     samples: int = 1,
     repeats: int = 2,
     texts: tuple[str, ...] = TEXTS,
-) -> list[Item]:
+) -> list[MixEvalItem]:
     """Items of `questions` questions a split, each asked in `repeats` rows; the last one is alone in ARC or BBH.
 
     Questions are as hard for every model (they do not depend on `seed`); `shift` is what this one answers better.
@@ -47,7 +40,7 @@ def make_items(
                     right = draw.random() < min(1, max(0, hard + shift))
                     graded = split == "free-form" and question % 5 == 0
                     items.append(
-                        Item(
+                        MixEvalItem(
                             split=split,
                             row=row,
                             sample=sample,
@@ -65,7 +58,7 @@ def make_items(
     return items
 
 
-def write_folder(folder: Path, items: list[Item], model: str = "m", **changes: object) -> Path:
+def write_folder(folder: Path, items: list[MixEvalItem], model: str = "m", **changes: object) -> Path:
     """The result folder that holds these items; `changes` are of its score."""
     mean = sum(item.score for item in items) / len(items)
     interval = Interval(
@@ -84,9 +77,7 @@ def write_folder(folder: Path, items: list[Item], model: str = "m", **changes: o
         "overall": mean,
         "free_form": free_form,
         "multiple_choice": multiple_choice,
-        "by_benchmark": {
-            s: {"all": BenchmarkScore(score=mean, n=len(items), right=mean, unresolved=0)} for s in SPLITS
-        },
+        "by_benchmark": {s: {"all": SubsetScore(score=mean, n=len(items), right=mean, unresolved=0)} for s in SPLITS},
         "intervals": dict.fromkeys(("overall", "free_form", "multiple_choice"), interval),
         "unresolved": sum(item.unresolved is not None for item in items),
         "fallbacks": sum(item.fallback for item in items),
@@ -95,5 +86,5 @@ def write_folder(folder: Path, items: list[Item], model: str = "m", **changes: o
         "data": {"free-form.json": "0" * 64},
         "items_sha256": "",
     }
-    write_results(folder, Score(**{**values, **changes}), items)
+    write_results(folder, MixEvalScore(**{**values, **changes}), items)
     return folder

@@ -8,26 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.results import (
-    BenchmarkScore,
-    Interval,
-    Item,
-    JudgeUsed,
-    ModelUsed,
-    Score,
-    read_results,
-    write_results,
-)
+from apo.evaluation.records.benchmark import Interval, ModelUsed
+from apo.evaluation.records.mixeval import JudgeUsed, MixEvalItem, MixEvalScore, SubsetScore
+from apo.evaluation.results import read_results, write_results
 from clair.core.errors import UserError
 from tests.house.pages import tables
 
 
-def an_item(**changes) -> Item:
+def an_item(**changes) -> MixEvalItem:
     values = {"split": "free-form", "row": 0, "question": "q0", "benchmark": "DROP", "prompt": "p", "target": ("1",)}
-    return Item(**{**values, "response": "r", "score": 1.0, **changes})
+    return MixEvalItem(**{**values, "response": "r", "score": 1.0, **changes})
 
 
-def a_score(n: int, **changes) -> Score:
+def a_score(n: int, **changes) -> MixEvalScore:
     interval = Interval(
         mean=0.5, n=n, questions=n, se_naive=0.1, se_clustered=0.1, ci95=(0.3, 0.7), unique_mean=0.5, bracket=(0.5, 0.5)
     )
@@ -40,7 +33,7 @@ def a_score(n: int, **changes) -> Score:
         "overall": 0.5,
         "free_form": 0.5,
         "multiple_choice": 0.5,
-        "by_benchmark": {"free-form": {"DROP": BenchmarkScore(score=0.5, n=n, right=0.5 * n, unresolved=0)}},
+        "by_benchmark": {"free-form": {"DROP": SubsetScore(score=0.5, n=n, right=0.5 * n, unresolved=0)}},
         "intervals": dict.fromkeys(("overall", "free_form", "multiple_choice"), interval),
         "unresolved": 0,
         "fallbacks": 0,
@@ -49,7 +42,7 @@ def a_score(n: int, **changes) -> Score:
         "data": {"free-form.json": "0" * 64},
         "items_sha256": "",
     }
-    return Score(**{**values, **changes})
+    return MixEvalScore(**{**values, **changes})
 
 
 @pytest.fixture
@@ -108,7 +101,7 @@ def test_results_that_differ_in_judge_profile_version_or_system_are_not_comparab
     assert a_score(1, model=ModelUsed(name="n", identity="o"), seed=3).comparable() == comparable
 
 
-@pytest.mark.parametrize(("table", "model"), [("score", Score), ("items", Item)])
+@pytest.mark.parametrize(("table", "model"), [("score", MixEvalScore), ("items", MixEvalItem)])
 def test_the_page_names_every_key(table, model):
     ((page, _, (_, *rows)),) = tables(table)
     keys = [name for row in rows for name in re.findall(r"`([^`]+)`", row[0])]

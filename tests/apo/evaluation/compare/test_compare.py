@@ -18,7 +18,8 @@ from apo.evaluation.compare.changes import change_kind, changed_answers
 from apo.evaluation.compare.compare import comparison
 from apo.evaluation.compare.power import other_splits
 from apo.evaluation.compare.rows import model_names, pair_rows, read_comparable
-from apo.evaluation.results import Item, JudgeUsed, read_results
+from apo.evaluation.records.mixeval import JudgeUsed, MixEvalItem
+from apo.evaluation.results import read_results
 from apo.evaluation.tables import comparison_notes
 from clair.core.errors import UserError
 from clair.core.statistics import paired_difference
@@ -27,9 +28,9 @@ from tests.apo.evaluation.made_results import make_items, write_folder
 from tests.house.pages import ROOT, tables
 
 
-def item(row: int, question: str, score: float, **changes: object) -> Item:
+def item(row: int, question: str, score: float, **changes: object) -> MixEvalItem:
     values = {"split": "free-form", "benchmark": "DROP", "prompt": "p", "target": ("1",), "response": "r"}
-    return Item(**{**values, "row": row, "question": question, "score": score, **changes})
+    return MixEvalItem(**{**values, "row": row, "question": question, "score": score, **changes})
 
 
 def folders(tmp_path: Path, *scores: list[float], questions: Sequence[str] = "aabbc") -> list[Path]:
@@ -157,7 +158,7 @@ def test_no_interval_reaches_beyond_100_points(tmp_path):
     assert result["delta_ci95"] == [-1.0, 1.0]
 
 
-def unresolved(scores: list[float | None], name: str = "no_brackets") -> list[Item]:
+def unresolved(scores: list[float | None], name: str = "no_brackets") -> list[MixEvalItem]:
     """Items with these scores, None for one without a verdict."""
     return [
         item(row, f"q{row}", score or 0.0, unresolved=None if score is not None else name)

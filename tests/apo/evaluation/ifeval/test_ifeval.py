@@ -19,7 +19,8 @@ from apo.evaluation.compare.run import compare_folders
 from apo.evaluation.ifeval.checkers import check_instruction, follows, instruction_types
 from apo.evaluation.ifeval.config import IFEvalConfig
 from apo.evaluation.ifeval.run import evaluate
-from apo.evaluation.results import IFEvalItem, IFEvalScore, read_results
+from apo.evaluation.records.ifeval import IFEvalItem, IFEvalScore
+from apo.evaluation.results import read_results
 from clair.core.errors import UserError
 from clair.core.recipe import resolve
 from tests.apo.evaluation.evaluating import apo, final, write_recipe

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from apo.evaluation.checkpoints import configs_by_model, folder_names
-from apo.evaluation.results import MAX_NEW_TOKENS, read_results
+from apo.evaluation.records.mixeval import MAX_NEW_TOKENS
+from apo.evaluation.results import read_results
 from clair.core.errors import UserError
 from clair.inference.local import LocalModel
 from tests.apo.evaluation.evaluating import apo, config_for, evaluated, final, mixeval_command

@@ -375,7 +375,7 @@ NOBODY = {"url": "http://127.0.0.1:9/v1", "model": "j"}
         ({"judge": "gpt"}, "judge"),
         ({"judge": "rule", "profile": "loose"}, "profile"),
         ({"judge": "rule", "samples": 2}, "samples are for a model that answers"),
-        ({"judge": "rule", "model": {"path": "somewhere"}}, "either a model that answers or a folder of responses"),
+        ({"judge": "rule", "model": {"path": "somewhere"}}, "either a model that answers or responses"),
         ({"judge": "rule", "independent_judgements": True}, "independent judgements are for a judge"),
         ({"judge": NOBODY | {"price": 1}}, "judge.price"),
         ({"judge": NOBODY, "budget": {"money": 1}}, "needs judge.price"),

@@ -7,12 +7,14 @@ import math
 import pytest
 
 from apo.evaluation.mixeval.score import aggregate, interval
-from apo.evaluation.results import Item
+from apo.evaluation.records.mixeval import MixEvalItem
 
 
-def items(split: str, scores: list[float], questions: str, **changes) -> list[Item]:
+def items(split: str, scores: list[float], questions: str, **changes) -> list[MixEvalItem]:
     return [
-        Item(split=split, row=n, question=q, benchmark="DROP", prompt="", target=(), response="", score=s, **changes)
+        MixEvalItem(
+            split=split, row=n, question=q, benchmark="DROP", prompt="", target=(), response="", score=s, **changes
+        )
         for n, (s, q) in enumerate(zip(scores, questions, strict=True))
     ]
 
