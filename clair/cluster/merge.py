@@ -7,7 +7,6 @@ merged as sorted streams (k-way), and only a few rows of each shard are in memor
 from __future__ import annotations
 
 import heapq
-import json
 import resource
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically, write_json
 from clair.core.out_folder import ANOTHER_RUN, check_unchanged
 from clair.core.recipe import resolve
-from clair.data.dataset import SPLITS, DatasetWriter, card, read_manifest, read_order, split_file
+from clair.data.dataset import SPLITS, DatasetWriter, card, read_dropped, read_manifest, read_order, split_file
 from clair.data.row_files import parquet_rows
 from clair.ledger.join import join_ledgers
 from clair.pipeline.balance import LengthBalance
@@ -145,14 +144,13 @@ def _merge(
 
 def _rows(shard: Path) -> Iterator[Row]:
     """Yield (index among all prompts, kind, row) of a shard, in order."""
-    with open(shard / "dropped.jsonl", "rb") as lines:
-        streams = {split: parquet_rows(shard / split_file(split), _ROWS_PER_READ) for split in SPLITS}
-        streams["dropped"] = map(json.loads, lines)
-        for index, kind in read_order(shard):
-            row = next(streams[kind], None)
-            if row is None:
-                raise UserError(f"{shard} is damaged ({kind} ends early); build it again")
-            yield index, kind, row
+    streams = {split: parquet_rows(shard / split_file(split), _ROWS_PER_READ) for split in SPLITS}
+    streams["dropped"] = read_dropped(shard)
+    for index, kind in read_order(shard):
+        row = next(streams[kind], None)
+        if row is None:
+            raise UserError(f"{shard} is damaged ({kind} ends early); build it again")
+        yield index, kind, row
 
 
 def _manifest(

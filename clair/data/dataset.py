@@ -151,27 +151,26 @@ class DatasetWriter:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         for leftover in (*folder.glob(".*.tmp"), *(folder / "data").glob(".*.tmp")):  # of a run that was killed
             leftover.unlink()
-        self._rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-        self._files = {split: self._temporary(split_file(split)) for split in SPLITS}
-        self._parquet = {split: self._open_parquet(split) for split in SPLITS}
-        self._dropped_file = self._temporary("dropped.jsonl")
-        self._dropped = open(self._dropped_file, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.waiting = 0
         """Finished rows that wait for an earlier row, because rows are written in order."""
-        self._order_file = self._temporary(ORDER) if order else None
-        self._order = open(self._order_file, "wb") if self._order_file else None  # noqa: SIM115 (closed by close)
+        self._rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        names = (*map(split_file, SPLITS), "dropped.jsonl", *((ORDER,) if order else ()))
+        self._files = {name: self._temporary(name) for name in names}
+        self._parquet = {split: self._open_parquet(split) for split in SPLITS}
+        self._dropped = open(self._files["dropped.jsonl"], "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._order = open(self._files[ORDER], "wb") if order else None  # noqa: SIM115 (closed by close)
 
     def _open_parquet(self, split: str) -> Any:
         import pyarrow.parquet as pq
 
         self._schema = schema(tools=self.tools, calls=self.calls, template_options=self.template_options)
-        return pq.ParquetWriter(self._files[split], self._schema, compression="zstd")
+        return pq.ParquetWriter(self._files[split_file(split)], self._schema, compression="zstd")
 
     def _rewrite(self, split: str, is_kept: Callable[[Mapping[str, Any]], bool]) -> None:
         """Write the rows of a split that are in its file again, with the present schema, if `is_kept` says so."""
         self._parquet[split].close()
-        old_file = self._files[split].with_suffix(".before.tmp")
-        self._files[split].rename(old_file)
+        file = self._files[split_file(split)]
+        old_file = file.rename(file.with_suffix(".before.tmp"))
         self._parquet[split] = self._open_parquet(split)
         rows = filter(is_kept, parquet_rows(old_file, ROWS_PER_GROUP))
         while group := list(islice(rows, ROWS_PER_GROUP)):
@@ -255,20 +254,16 @@ class DatasetWriter:
 
     def close(self, *, keep: bool) -> dict[str, str]:
         """Move the files to their final names if `keep`, else delete them. Returns the SHA-256 of each file by name."""
-        written = {split_file(split): file for split, file in self._files.items()}
-        written["dropped.jsonl"] = self._dropped_file
-        if self._order_file:
-            written[ORDER] = self._order_file
         try:
-            return self._publish(written) if keep else {}
+            return self._publish() if keep else {}
         finally:
             for file in (*self._parquet.values(), self._dropped, *((self._order,) if self._order else ())):
                 with suppress(OSError):  # on a full disk, the end of a discarded file cannot be written either
                     file.close()
-            for temporary in written.values():
+            for temporary in self._files.values():
                 temporary.unlink(missing_ok=True)
 
-    def _publish(self, written: Mapping[str, Path]) -> dict[str, str]:
+    def _publish(self) -> dict[str, str]:
         for split in SPLITS:
             if self._rows[split]:
                 self._write(split, self._rows[split])
@@ -277,7 +272,7 @@ class DatasetWriter:
         if self._order:
             self._order.close()
         hashes = {}
-        for name, file in written.items():
+        for name, file in self._files.items():
             hashes[name] = file_sha256(file)
             publish(file, self.folder / name)
         return hashes
@@ -410,6 +405,12 @@ def read_rows(folder: str | Path, splits: Sequence[str] = SPLITS) -> Iterator[di
     with Location(folder).local_copy() as path:
         for split in splits:
             yield from parquet_rows(path / split_file(split), 1000)
+
+
+def read_dropped(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of dropped.jsonl of a dataset folder, in order."""
+    with open(folder / "dropped.jsonl", "rb") as lines:
+        yield from map(json.loads, lines)
 
 
 def load_pairs(path: str | Path, split: str = "train", **options: Any) -> Any:

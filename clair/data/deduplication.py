@@ -6,6 +6,7 @@ import heapq
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def repeated_keys(keys: np.ndarray) -> np.ndarray:
     return repeated
 
 
+@dataclass(slots=True)
 class NearDuplicates:
     """Detects texts that share at least `threshold` of their 5-word runs (Jaccard index) with an earlier text.
 
@@ -42,10 +44,9 @@ class NearDuplicates:
     of at most 0.09. Only texts that share one of their 8 smallest hashes are compared.
     """
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
-        self._sketches: list[frozenset[int]] = []
-        self._candidates: dict[int, list[int]] = defaultdict(list)
+    threshold: float
+    _sketches: list[frozenset[int]] = field(default_factory=list)
+    _candidates: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def is_duplicate(self, text: str) -> bool:
         """True if an earlier text is a near duplicate. Otherwise the text is remembered."""

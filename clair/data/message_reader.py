@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from clair.core.errors import UserError, one_line
@@ -25,6 +26,7 @@ _SPEAKER = re.compile(rf"(?:\A\s*|\r?\n\r?\n\s*){_SPEAKERS}", re.IGNORECASE)
 _HEADED_SPEAKER = re.compile(rf"(?:\A|\r?\n)\s*###[ \t]*{_SPEAKERS}", re.IGNORECASE)
 
 
+@dataclass(slots=True)
 class MessageReader:
     """Reads the messages of one row, and records in `repairs` what was repaired (keys of `repair_note`).
 
@@ -32,10 +34,9 @@ class MessageReader:
     `arguments` of `tool_calls` become objects.
     """
 
-    def __init__(self, keep_nulls: bool) -> None:
-        """`keep_nulls`: nulls inside messages and tools belong to the row. Otherwise they come from Arrow."""
-        self.keep_nulls = keep_nulls
-        self.repairs: list[str] = []
+    keep_nulls: bool
+    """Nulls inside messages and tools belong to the row. Otherwise they come from Arrow."""
+    repairs: list[str] = field(default_factory=list)
 
     def read(self, value: Any, column: str) -> str | Messages:
         """The text of a column, or its messages. Raises UserError for any other value."""

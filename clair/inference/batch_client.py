@@ -121,19 +121,17 @@ class BatchClient:
     def _start_upload(self) -> None:
         task = asyncio.ensure_future(self._upload_file())
         self._uploads.add(task)
-        task.add_done_callback(self._finish_upload)
-
-    def _finish_upload(self, task: asyncio.Task[None]) -> None:
-        self._uploads.discard(task)
-        if not task.cancelled() and (error := task.exception()) and isinstance(error, Exception):
-            self.on_error(error)
+        task.add_done_callback(self._uploads.discard)
 
     async def _upload_file(self) -> None:
-        async with self._upload_lock:
-            if not (self._full and self.queue.open_batches()):
-                batch = await self.queue.form_batch(self._max_requests, self._max_bytes)
-                if batch:
-                    await self._send(batch)
+        try:
+            async with self._upload_lock:
+                if not (self._full and self.queue.open_batches()):
+                    batch = await self.queue.form_batch(self._max_requests, self._max_bytes)
+                    if batch:
+                        await self._send(batch)
+        except Exception as error:  # of a task that nobody awaits
+            self.on_error(error)
 
     async def end_pass(self) -> int:
         """Send the queued requests; or, if few, withdraw them to be sent live in the next pass, and return how many."""
@@ -202,10 +200,6 @@ class BatchClient:
         await self.queue.mark_sent(batch, await self.service.create_batch(file_id))
 
     # ---- results down
-
-    def open(self) -> list[Batch]:
-        """The batches that the service works on."""
-        return self.queue.open_batches()
 
     def count_in_batches(self) -> int:
         """Count the requests in open batches."""

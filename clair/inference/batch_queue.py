@@ -61,13 +61,13 @@ class Settled:
     billed: Tokens
 
 
+@dataclass(frozen=True, slots=True)
 class BatchQueue:
     """The queued requests and open batches of one service (a role's model at a URL), billed to `account`."""
 
-    def __init__(self, ledger: Ledger, service: str, account: str) -> None:
-        self.ledger = ledger
-        self.service = service
-        self.account = account
+    ledger: Ledger
+    service: str
+    account: str
 
     # ---- into the queue
 

@@ -224,9 +224,8 @@ def _reply_outcome(key: str, raw: str, redacted: Callable[[str], str]) -> Outcom
         usage = parse_reply(raw, tools=True).usage  # whether the request has tools is checked when the reply is used
     except RequestFailed as error:
         return Outcome(key, redacted(raw), None, redacted(f"{error.reason}: {error.detail}"))
-    if "prompt_tokens" in usage and "completion_tokens" in usage:
-        return Outcome(key, raw, Tokens(usage["prompt_tokens"], usage["completion_tokens"]))
-    return Outcome(key, raw, None)
+    is_known = "prompt_tokens" in usage and "completion_tokens" in usage
+    return Outcome(key, raw, Tokens(usage["prompt_tokens"], usage["completion_tokens"]) if is_known else None)
 
 
 def _error_message(error: Any) -> tuple[str | None, str]:

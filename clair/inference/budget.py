@@ -121,10 +121,8 @@ class Budget:
         discounts: Mapping[str, float] | None = None,
     ) -> None:
         """`spent`: tokens by role. `in_batches`: those of them billed by a Batch API, at `discounts` off the price."""
-        self.limit: Decimal | None = None
         self.in_tokens = config is not None and config.tokens is not None
-        if config is not None:
-            self.limit = Decimal(config.tokens) if config.tokens is not None else config.money
+        self.limit = config and (config.money if config.tokens is None else Decimal(config.tokens))
         self._prices, self._discounts = prices, discounts or {}
         self.spent = sum((self.cost(role, tokens) for role, tokens in spent.items()), Decimal(0))
         for role, tokens in (in_batches or {}).items():

@@ -75,13 +75,9 @@ def check_endpoints(
             f"--tokenizer {tokenizer} has no chat template; give the tokenizer of the chat model that is served"
         )
     key = api_key(key_env, "check-endpoint")
-    return asyncio.run(_check_all(list(dict.fromkeys(urls)), loaded, model, key, on_step))
-
-
-async def _check_all(
-    urls: Sequence[str], tokenizer: Any, model: str | None, key: str | None, on_step: Callable[[str], None]
-) -> dict[str, list[Check]]:
-    return {parse_endpoint(url).base: await _check(url, tokenizer, model, key, on_step) for url in urls}
+    return {
+        parse_endpoint(url).base: asyncio.run(_check(url, loaded, model, key, on_step)) for url in dict.fromkeys(urls)
+    }
 
 
 async def _check(

@@ -10,9 +10,9 @@ import json
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -52,24 +52,18 @@ class _QueuedRequest:
     request: Mapping[str, Any]
     sample: int
     size: int
-    future: asyncio.Future[str]
     row: GenerationRow | None = None
     """None until it is tokenised."""
+    future: Future[str] = field(default_factory=Future)
+    """Its reply, for the event loop that waits for it."""
 
     def resolve(self, reply: str | Exception) -> None:
-        """Set the result of its future from the model's thread."""
-
-        def set_result() -> None:
-            if self.future.done():  # cancelled
-                return
+        """Set the result of its future, in any thread."""
+        with suppress(InvalidStateError):  # cancelled
             if isinstance(reply, Exception):
                 self.future.set_exception(reply)
             else:
                 self.future.set_result(reply)
-
-        loop = self.future.get_loop()
-        if not loop.is_closed():  # left at once: nobody waits for the reply
-            loop.call_soon_threadsafe(set_result)
 
 
 class LocalModel:
@@ -131,21 +125,20 @@ class LocalModel:
         """Return the raw JSON text of a chat completion. Raises UserError for an option that is not supported."""
         check_options(request)
         size = sum(len(message_text(message)) for message in request["messages"])
-        queued = _QueuedRequest(request, sample, size, asyncio.get_running_loop().create_future())
+        queued = _QueuedRequest(request, sample, size)
         with self._queue_lock:
             self._queue.append(queued)
             self._arrivals += 1
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await queued.future
+        return await asyncio.wrap_future(queued.future)
 
     def abandon(self) -> None:
         """Fail the requests that are in no batch yet; the batch in progress is finished."""
         with self._queue_lock:
             abandoned, self._queue = self._queue, []
         for queued in abandoned:
-            if not queued.future.done():
-                queued.future.set_exception(Unreachable("not begun"))
+            queued.resolve(Unreachable("not begun"))
 
     def halt(self) -> None:
         """Fail all requests at the next token, those of the batch in progress too."""

@@ -25,7 +25,9 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -102,7 +104,7 @@ def call_key(identity: str, request: Mapping[str, Any], sample: int = 0) -> str:
     return content_hash([identity, request, sample])
 
 
-class Ledger:
+class Ledger(AbstractContextManager["Ledger"]):
     """A ledger file, open for one run. Use it as a context manager; its coroutines need a running event loop."""
 
     def __init__(self, path: str | Path, replica: LedgerReplica | None = None, *, send_all: bool = False) -> None:
@@ -131,9 +133,6 @@ class Ledger:
         self._broken: LedgerError | None = None
         self._thread = threading.Thread(target=self._write_loop, name="ledger", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Ledger:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -240,13 +239,10 @@ class Ledger:
         """Run `work` in a transaction of the writing thread. Returns its result once it is on disk."""
         if self._broken:
             raise self._broken
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        # The caller may be gone; asyncio would warn of an exception that nobody retrieves.
-        future.add_done_callback(lambda settled: settled.exception())
-        self._queue.put(_Write(work, loop, future))
+        write = _Write(work)
+        self._queue.put(write)
         # Cancelling the caller must not cancel the write: a paid reply is written in any case.
-        return await asyncio.shield(future)
+        return await asyncio.shield(asyncio.wrap_future(write.future))
 
     def claim_within(
         self, connection: sqlite3.Connection, key: str, claim: Claim, batch: str | None = None
@@ -304,7 +300,11 @@ class Ledger:
                 following = self._queue.get()
                 last = following is None
                 batch += [following] if following else []
-            _resolve_futures(self._commit(self._writer, batch))
+            for write, result in self._commit(self._writer, batch):
+                if isinstance(result, LedgerError):
+                    write.future.set_exception(result)
+                else:
+                    write.future.set_result(result)
             if last:
                 break
 
@@ -341,25 +341,8 @@ class Ledger:
 @dataclass(slots=True)
 class _Write:
     work: Callable[[sqlite3.Connection], Any]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-
-
-def _resolve_futures(results: list[tuple[_Write, Any]]) -> None:
-    """Hand the results of one commit to the coroutines that wait for them, in their event loop."""
-
-    def resolve() -> None:
-        for write, result in results:
-            if write.future.done():
-                continue
-            if isinstance(result, LedgerError):
-                write.future.set_exception(result)
-            else:
-                write.future.set_result(result)
-
-    loop = results[0][0].loop
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(resolve)
+    future: Future[Any] = field(default_factory=Future)
+    """Its result, for the event loop that waits for it."""
 
 
 def _error_message(path: Path, error: Exception) -> str:

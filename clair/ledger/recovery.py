@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import struct
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -236,7 +236,7 @@ def _varint(page: bytes, offset: int) -> tuple[int, int]:
     return value << 8 | page[offset + 8], offset + 9
 
 
-class _Pages:
+class _Pages(AbstractContextManager["_Pages"]):
     """The pages of a ledger file and of its write-ahead log, whose versions are newer."""
 
     def __init__(self, path: Path) -> None:
@@ -253,9 +253,6 @@ class _Pages:
         if self._log is not None:
             self._index_frames(self._log)
         self.count = max(self._in_file, *self._newest, 0)
-
-    def __enter__(self) -> _Pages:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from clair.core.errors import UserError
 from clair.core.files import write_atomically
 from clair.core.recipe import resolve
-from clair.data.dataset import SPLITS, read_manifest, read_rows
+from clair.data.dataset import SPLITS, read_dropped, read_manifest, read_rows
 from clair.data.prompt_sources import each_prompt
 from clair.pipeline.config import BuildConfig, without_file_hashes
 from clair.storage.hub import push_files
@@ -78,7 +78,8 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
             raise UserError(f"{file} exists already; choose another --out")
     config = resolve(BuildConfig, without_file_hashes(manifest["recipe"]), source=f"{folder}/manifest.json")
     repeated = [_prompt_row(row["id"], row["prompt"], row.get("tools")) for row in read_rows(folder, SPLITS)]
-    known_ids = {row["id"] for row in repeated} | _dropped(folder)
+    known_ids = {row["id"] for row in repeated}
+    known_ids |= {row["id"] for row in read_dropped(Path(folder)) if not row["failed"]}
     columns = {"reference": "reference"} if "reference" in config.prompts.columns else {}
     by_id, unseen = {row["id"]: row for row in repeated}, []
     for prompt in (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None):
@@ -112,8 +113,3 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
 
 def _prompt_row(id: str, messages: Any, tools: Any) -> dict[str, Any]:
     return {"id": id, "prompt": messages, **({"tools": list(tools)} if tools else {})}
-
-
-def _dropped(folder: str | Path) -> set[str]:
-    with open(Path(folder) / "dropped.jsonl", encoding="utf-8") as lines:
-        return {row["id"] for row in map(json.loads, lines) if not row["failed"]}

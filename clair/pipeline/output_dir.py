@@ -59,8 +59,7 @@ class Output:
         """
         if self.url_lock is None:
             return
-        files = [file for file in self.folder.rglob("*") if file.is_file()]
-        names = [str(file.relative_to(self.folder)) for file in files]
+        names = [str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file()]
         names_to_upload = [name for name in names if not name.startswith((".", _LEDGER, "data/."))]
         for name in sorted(names_to_upload, key=lambda name: (name == "manifest.json", name.startswith("data/"), name)):
             self.upload(name)

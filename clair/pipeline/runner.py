@@ -89,7 +89,7 @@ class PipelineRun:
         Returns False if the run ends instead; `stop` has the reason. `on_poll` is called at every poll of the batches.
         """
         batches = [client.batch for client in self.clients.values() if client.batch]
-        if self.stop.reason and not (self.stop.over_budget and any(batch.open() for batch in batches)):
+        if self.stop.reason and not (self.stop.over_budget and any(batch.queue.open_batches() for batch in batches)):
             return False
         self.stop.clear()
         try:

@@ -170,7 +170,11 @@ async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swap
     messages = request(judge.template, prompt.messages, judge.system, prompt.tools, first=shown[0], second=shown[1])
     try:
         judgement = await _ask_and_read(
-            judge.client, messages, again=judge.ask_again, row=prompt.id, read=parse_judgement
+            judge.client,
+            messages,
+            again=judge.ask_again,
+            row=prompt.id,
+            read=parse_judgement,
         )
     except ParseFailure as failure:
         raise Dropped("judge", failure.name, failure.explanation) from failure

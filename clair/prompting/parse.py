@@ -123,11 +123,11 @@ def check_no_template_words(kind: str, section: str, answer: str, template: str)
     Those that are in the revised answer too are allowed.
     """
     section_words, answer_words = _normalize_words(section), _normalize_words(answer)
-    if _PLACEHOLDER.fullmatch(section) and section not in answer:
-        raise ParseFailure("template_words", IDENTIFIERS[kind])
     phrases, tags = _template_words(template)
-    if any(tag in section and tag not in answer for tag in tags) or any(
-        f" {phrase} " in f" {section_words} " and phrase not in answer_words for phrase in phrases
+    if (
+        (_PLACEHOLDER.fullmatch(section) and section not in answer)
+        or any(tag in section and tag not in answer for tag in tags)
+        or any(f" {phrase} " in f" {section_words} " and phrase not in answer_words for phrase in phrases)
     ):
         raise ParseFailure("template_words", IDENTIFIERS[kind])
 

@@ -6,7 +6,6 @@ to read, search, sort and mark. The numbers are of all pairs; the full texts are
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import write_atomically
-from clair.data.dataset import CONTRAST, SPLITS, balance_text, read_manifest, read_rows, scores_texts
+from clair.data.dataset import CONTRAST, SPLITS, balance_text, read_dropped, read_manifest, read_rows, scores_texts
 from clair.data.records import message_text
 from clair.pipeline.filters import FILTERS
 from clair.prompting.calls import with_calls
@@ -114,8 +113,7 @@ def full_text(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
 
 def _drops(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The dropped rows in the order of the file; if not all fit, about equally many of each reason."""
-    with open(folder / "dropped.jsonl", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = list(read_dropped(folder))
     row_names = [f"{row['stage']}.{row['reason']}" for row in rows]
     names = sorted({*row_names, *manifest["drop_reasons"]})
     counts: Counter[str] = Counter()

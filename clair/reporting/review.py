@@ -10,16 +10,27 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from clair.core.errors import UserError, list_some
 from clair.core.files import content_hash, file_sha256, publish, write_atomically, write_json
-from clair.data.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file, to_table
+from clair.data.dataset import (
+    CONTRAST,
+    ROWS_PER_GROUP,
+    SPLITS,
+    card,
+    read_dropped,
+    read_manifest,
+    schema,
+    split_file,
+    to_table,
+)
 from clair.data.records import Dropped
-from clair.data.row_files import is_json_list
+from clair.data.row_files import is_json_list, parquet_rows
 from clair.pipeline.output_dir import lock_output
 from clair.storage.location import Location, report_as
 
@@ -145,9 +156,7 @@ def _check_fits(source: Path, manifest: Mapping[str, Any], decisions: Decisions)
             f"since; make the page again with `clair report {source}` and open the decisions file in it"
         )
     known_ids = {id for split in SPLITS for id in _ids(source, split)}
-    known_ids |= {
-        row["id"] for row in map(json.loads, _dropped_lines(source)) if (row["stage"], row["reason"]) == (STAGE, REASON)
-    }
+    known_ids |= {row["id"] for row in read_dropped(source) if (row["stage"], row["reason"]) == (STAGE, REASON)}
     unknown = sorted(decisions.by_id.keys() - known_ids)
     if unknown:
         raise UserError(f"{source} has no pair {list_some(unknown, _MAX_NAMED)}; decisions may name only its pairs")
@@ -157,11 +166,6 @@ def _ids(folder: Path, split: str) -> list[str]:
     import pyarrow.parquet as pq
 
     return pq.read_table(folder / split_file(split), columns=["id"])["id"].to_pylist()
-
-
-def _dropped_lines(folder: Path) -> Iterator[bytes]:
-    with open(folder / "dropped.jsonl", "rb") as lines:
-        yield from lines
 
 
 def _write(source: Path, target: Path, manifest: Mapping[str, Any], decisions: Decisions) -> dict[str, Any]:
@@ -191,13 +195,11 @@ def _write_dropped(source: Path, target: Path, decisions: Decisions) -> None:
     """
     marked = decisions.dropped
     drop = Dropped(STAGE, REASON, f"marked drop in the decisions file {decisions.sha256[:12]}")
-    written_before = {row["id"] for row in map(json.loads, _dropped_lines(source)) if row == drop.row(row["id"])}
+    old_rows = list(read_dropped(source))
+    written_before = {row["id"] for row in old_rows if row == drop.row(row["id"])}
     new_ids = [id for split in SPLITS for id in _ids(source, split) if id in marked and id not in written_before]
-    temporary = target / ".dropped.jsonl.tmp"
-    with open(temporary, "wb") as file:
-        file.writelines(_dropped_lines(source))
-        file.writelines((json.dumps(drop.row(id), ensure_ascii=False) + "\n").encode() for id in new_ids)
-    publish(temporary, target / "dropped.jsonl")
+    rows = [*old_rows, *map(drop.row, new_ids)]
+    write_atomically(target / "dropped.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _write_split(
@@ -205,32 +207,22 @@ def _write_split(
 ) -> int:
     """Copy one Parquet file without `dropped_ids`; append the contrast to `values`. Returns the number of rows."""
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    source_file = pq.ParquetFile(source / split_file(split), pre_buffer=False)
+    file = source / split_file(split)
     temporary = (target / split_file(split)).with_name(f".{split}.tmp")
-    is_kept = ~pc.field("id").isin(pa.array(sorted(dropped_ids), pa.string()))
-    count = 0
-    written = source_file.schema_arrow
+    written = pq.read_schema(file)
     names = written.names  # an older build has fewer columns
     full_schema = schema(tools="tools" in names, calls=is_json_list(written.field("chosen").type))
     layout = pa.schema([(full_schema if name in full_schema.names else written).field(name) for name in names])
-    with source_file, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
-        waiting = to_table([], layout)
-        for batch in source_file.iter_batches(batch_size=ROWS_PER_GROUP):
-            table = pa.Table.from_batches([batch]).filter(is_kept)
-            count += len(table)
-            for row in table["contrast"].to_pylist():
-                for name in CONTRAST:
-                    if row[name] is not None:
-                        values[name].append(row[name])
-            waiting = pa.concat_tables([waiting, table])
-            while len(waiting) >= ROWS_PER_GROUP:
-                writer.write_table(waiting.slice(0, ROWS_PER_GROUP).combine_chunks())
-                waiting = waiting.slice(ROWS_PER_GROUP)
-        if len(waiting):
-            writer.write_table(waiting.combine_chunks())
+    rows = (row for row in parquet_rows(file, ROWS_PER_GROUP) if row["id"] not in dropped_ids)
+    count = 0
+    with pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            writer.write_table(to_table(group, layout), row_group_size=ROWS_PER_GROUP)
+            count += len(group)
+            for name in CONTRAST:
+                values[name] += [value for row in group if (value := row["contrast"][name]) is not None]
     publish(temporary, target / split_file(split))
     return count
 
