@@ -113,9 +113,8 @@ def build(
 def _check_runner(runner: str | None, **options: object) -> None:
     """Check --runner and the options that depend on it. Raises UserError."""
     present = [f"--{name}" for name, value in options.items() if value is not None]
-    for option in present:
-        if runner is None and option != "--shard":
-            raise UserError(f"{option} is for --runner ray; add it, or leave that out")
+    if runner is None and (for_ray := [option for option in present if option != "--shard"]):
+        raise UserError(f"{for_ray[0]} is for --runner ray; add it, or leave that out")
     if runner not in (None, "ray"):
         raise UserError(f"unknown runner {runner!r}; allowed: ray, or none for this process")
     if runner and "--shard" in present:
@@ -189,12 +188,12 @@ def show(
     from itertools import islice
 
     from clair.core.console import show as print_
-    from clair.core.errors import check_known
+    from clair.core.errors import check_name
     from clair.data.dataset import SPLITS, read_manifest, read_rows
     from clair.terminal import pair_panel
 
     read_manifest(folder)
-    check_known("unknown split", split, SPLITS)
+    check_name("unknown split", split, SPLITS)
     for row in islice(read_rows(folder, [split]), n):
         print_(pair_panel(row))
 
@@ -243,13 +242,13 @@ def export(
 ) -> None:
     """Write the pairs as JSONL rows: preference (TRL), unpaired (KTO), or plain text."""
     from clair.core.console import show as print_
-    from clair.core.errors import check_known
+    from clair.core.errors import check_name
     from clair.data.dataset import SPLITS
     from clair.pipeline.export import FORMS
     from clair.pipeline.export import export as write
 
-    check_known("unknown form", as_, FORMS)
-    check_known("unknown split", split, SPLITS)
+    check_name("unknown form", as_, FORMS)
+    check_name("unknown split", split, SPLITS)
     print_(f"{write(as_, folder, split, out)} rows in {out}")  # pyright: ignore[reportArgumentType]  # checked above
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from apo.data.tokenize import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, needed_columns
-from clair.core.errors import UserError, check_known, list_some, one_line
+from clair.core.errors import UserError, check_name, list_some, one_line
 from clair.core.recipe import Recipe
 from clair.core.urls import public_url
 from clair.data.preference_sources import load_preferences, split_names
@@ -220,7 +220,7 @@ def column_values(sources: Sequence[Source], column: str) -> tuple[list[str | in
 
 
 def _column(rows: Dataset, column: str, source: Source) -> list[object]:
-    check_known(f"dataset {source.path} has no column", column, rows.column_names, "found")
+    check_name(f"dataset {source.path} has no column", column, rows.column_names, "found")
     return list(rows[column][:])
 
 
@@ -256,7 +256,7 @@ def _load(source: Source, split: str, weights: str | None = None, note: Callable
             note(line)
     pairs = _filter_rows(read.dataset, source)
     if weights is not None:
-        check_known(f"weights: dataset {path}, split {split!r}, has no column", weights, pairs.column_names, "found")
+        check_name(f"weights: dataset {path}, split {split!r}, has no column", weights, pairs.column_names, "found")
     columns = [*_COLUMNS, weights] if weights is not None and weights not in _COLUMNS else _COLUMNS
     for column in {"image", "images"} & set(pairs.column_names):
         if any(pairs[column]):

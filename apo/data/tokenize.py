@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.data.encoding import control_tokens, no_end_message
 from apo.data.rendering import NOTES, render, writes_time
-from clair.core.errors import UserError, check_known
+from clair.core.errors import UserError, check_name
 from clair.data.preference_rows import read_row
 from clair.data.preferences import check_columns, read_dataset, restore_row
 from clair.data.row_formats import COLUMNS, UNPAIRED_COLUMNS
@@ -199,7 +199,7 @@ def check_weight(value: Any, location: str) -> None:
 
 def check_weights(dataset: Dataset, column: str, name: str) -> None:
     """Raises UserError if a weight is missing, not a finite number or negative, or if all are 0."""
-    check_known(f"weights: the {name} dataset has no column", column, dataset.column_names, "found")
+    check_name(f"weights: the {name} dataset has no column", column, dataset.column_names, "found")
     values = dataset[column][:]
     for row, value in enumerate(values):
         check_weight(value, f"{column!r} of row {row} of the {name} dataset")

@@ -168,7 +168,7 @@ def without_headers(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "headers"}
 
 
-def check_run(config: BenchmarkConfig, result: str) -> None:
+def check_folder_and_models(config: BenchmarkConfig, result: str) -> None:
     """Check the result folder, whose result file is `result`, and the models that get requests. Raises UserError."""
     check_result_folder(config, result)
     check_models(config.models, config.budget, config.seed)

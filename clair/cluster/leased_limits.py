@@ -54,7 +54,6 @@ class LeasedLimiter(Limiter):
 
     def refused(self, retry_after: float | None) -> None:
         """Record a refusal: nothing more is sent before the next lease."""
-        self.refusals += 1
         self._refused.append((self.in_flight, retry_after))
         self.limit = max(0.0, min(self.limit, self.in_flight - 1.0))
         self._on_need()

@@ -148,8 +148,10 @@ class SharedLimits:
 
     def progress(self) -> dict[str, Mapping[str, float]]:
         """The numbers of each shard's last report."""
-        in_flight = {name: sum(role.in_flight for role in shard.roles.values()) for name, shard in self._shards.items()}
-        return {name: {**shard.progress, "in_flight": in_flight[name]} for name, shard in self._shards.items()}
+        return {
+            name: {**shard.progress, "in_flight": sum(role.in_flight for role in shard.roles.values())}
+            for name, shard in self._shards.items()
+        }
 
     def report(self, report: Report) -> Lease:
         """Take a shard's report and answer with its lease."""

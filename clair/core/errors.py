@@ -58,10 +58,10 @@ def list_some(values: Sequence[object], max_count: int) -> str:
     return ", ".join(map(repr, values[:max_count])) + more
 
 
-def check_known(problem: str, name: str, known: Collection[str], listed: str = "allowed") -> None:
-    """Raise UserError unless a name is known: "`problem` 'name' (did you mean 'x'?); `listed`: x, y"."""
-    if name not in known:
-        raise UserError(f"{problem} {name!r}{near_miss(name, known)}; {listed}: {', '.join(known) or 'none'}")
+def check_name(problem: str, name: str, allowed: Collection[str], listed: str = "allowed") -> None:
+    """Raise UserError unless a name is allowed: "`problem` 'name' (did you mean 'x'?); `listed`: x, y"."""
+    if name not in allowed:
+        raise UserError(f"{problem} {name!r}{near_miss(name, allowed)}; {listed}: {', '.join(allowed) or 'none'}")
 
 
 def near_miss(name: str, allowed: Iterable[str]) -> str:

@@ -85,12 +85,12 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object of an output. Raises UserError if the file is damaged."""
+def read_json(path: str | Path, remedy: str = "delete it and run the same command again") -> dict[str, Any]:
+    """Read a JSON object of an output. Raises UserError with the `remedy` if the file is damaged."""
     try:
         value = json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged ({type(value).__name__}); delete it and run the same command again")
+        raise UserError(f"{path} is damaged ({type(value).__name__}); {remedy}")
     return value

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clair.core.errors import UserError, check_known, error_chain, find_cause
+from clair.core.errors import UserError, check_name, error_chain, find_cause
 from clair.core.files import file_sha256
 from clair.data.message_reader import require_utf8
 from clair.data.preferences import (
@@ -64,7 +64,7 @@ def load_preferences(
     """
     columns = dict(columns or {})
     for key in columns:
-        check_known("columns: unknown name", key, NAMES)
+        check_name("columns: unknown name", key, NAMES)
     path = Location(path)
     location = f"dataset {path.public}"
     try:
@@ -113,7 +113,7 @@ def _check_configuration(folder: Path, name: str | None) -> None:
     if name is None and "default" not in names and len(names) > 1:
         raise UserError(f"dataset {folder} has several configurations: {', '.join(names)}; say which by `name:`")
     if name is not None:
-        check_known(f"dataset {folder} has no configuration", name, names, "found")
+        check_name(f"dataset {folder} has no configuration", name, names, "found")
 
 
 def _row_files(source: Path, split: str, name: str | None) -> list[Path]:
@@ -131,7 +131,7 @@ def _row_files(source: Path, split: str, name: str | None) -> list[Path]:
     _check_configuration(source, name)
     splits = datasets.load_dataset_builder(str(source), name).config.data_files or {}
     if splits:
-        check_known(f"dataset {source} has no split", split, list(map(str, splits)), "found")
+        check_name(f"dataset {source} has no split", split, list(map(str, splits)), "found")
     files = [Path(file) for file in splits.get(split, ())]
     return files if all(file.is_file() and kind_of(file) not in (None, ".parquet") for file in files) else []
 
@@ -174,7 +174,7 @@ def _rename_columns(dataset: Dataset, columns: Mapping[str, str], location: str)
 
 def _check_columns_exist(columns: Mapping[str, str], existing: Sequence[str], location: str) -> None:
     for name, column in columns.items():
-        check_known(f"columns.{name}: {location} has no column", column, existing, "found")
+        check_name(f"columns.{name}: {location} has no column", column, existing, "found")
 
 
 # ---- JSON and CSV files

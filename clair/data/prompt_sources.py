@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from clair.core.errors import UserError, check_known, error_chain
+from clair.core.errors import UserError, check_name, error_chain
 from clair.core.files import content_hash
 from clair.core.recipe import Recipe
 from clair.data.deduplication import Benchmark, NearDuplicates, repeated_keys
@@ -156,7 +156,7 @@ def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Pro
     """The rows of the source as prompts, in order. Raises UserError with the number of a row that cannot be used."""
     names = {name: name for name in ("prompt", "answer", "id", "answers", "scores", "tools", *LABELS)}
     for key in source.columns:
-        check_known("prompts.columns: unknown name", key, (*names, "stronger", "reference"))
+        check_name("prompts.columns: unknown name", key, (*names, "stronger", "reference"))
     names |= source.columns
     for location, row in islice(_rows(source), limit):
         yield read_prompt(row, names, location)

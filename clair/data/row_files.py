@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clair.core.errors import UserError, check_known, one_line
+from clair.core.errors import UserError, check_name, one_line
 from clair.core.files import content_hash
 
 _CSV_PROBLEMS = {
@@ -182,7 +182,7 @@ def load_split(path: str, split: str, **options: Any) -> Any:
         saved = datasets.load_from_disk(path)
         if not isinstance(saved, dict):
             return saved
-        check_known(f"dataset {path} has no split", split, list(map(str, saved)), "found")
+        check_name(f"dataset {path} has no split", split, list(map(str, saved)), "found")
         return saved[split]
     if folder.is_dir():
         files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))

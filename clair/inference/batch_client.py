@@ -29,15 +29,6 @@ _MALFORMED_ATTEMPTS = 2
 _FINAL_STATUSES = ("completed", "expired", "cancelled", "failed")
 
 
-@dataclass(frozen=True, slots=True)
-class _ResultFile:
-    """Counts of a result file: new outcomes, and requests listed as not run. `complete`: it was read to its end."""
-
-    settled: int
-    listed: int
-    complete: bool
-
-
 @dataclass
 class BatchClient:
     """The queue and the open batches of one role: requests in, files up, results down."""
@@ -240,9 +231,8 @@ class BatchClient:
         for _ in range(_DOWNLOAD_ATTEMPTS):
             complete, listed = True, 0
             for id in files:
-                result = await self._read(batch, id)
-                settled, listed = settled + result.settled, listed + result.listed
-                complete = complete and result.complete
+                new_outcomes, listed_in_file, is_whole = await self._read(batch, id)
+                settled, listed, complete = settled + new_outcomes, listed + listed_in_file, complete and is_whole
             not_run = max(0, _count_not_run(info, batch) - listed)
             if complete and self.queue.count_waiting(batch) <= not_run:
                 break
@@ -250,8 +240,11 @@ class BatchClient:
         billed = NOTHING if self.queue.count_waiting(batch) <= not_run else None
         return settled + await self._requeue(batch, billed, f"batch {info.status}", is_try=True)
 
-    async def _read(self, batch: Batch, file_id: str) -> _ResultFile:
-        """Download a result file and settle its outcomes."""
+    async def _read(self, batch: Batch, file_id: str) -> tuple[int, int, bool]:
+        """Download a result file and settle its outcomes.
+
+        Returns the number of new outcomes, that of requests listed as not run, and whether the file is whole.
+        """
         settled, listed, last = 0, set(), b"\n"
         with tempfile.TemporaryFile(dir=self.queue.ledger.path.parent) as file:
             await self.service.download(file_id, file)
@@ -264,7 +257,7 @@ class BatchClient:
                 listed |= {outcome.key for outcome in outcomes if outcome.listed}
                 last = lines[-1]
         complete = last.endswith(b"\n") or parse_outcome(last.decode("utf-8", "replace"), str) is not None
-        return _ResultFile(settled, len(listed), complete)
+        return settled, len(listed), complete
 
     async def _settle(self, batch: Batch, outcomes: list[Outcome], *, is_try: bool = True) -> int:
         """Write outcomes to the ledger, and return the unused reserve to the budget. `is_try`: count them as tries."""

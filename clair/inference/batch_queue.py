@@ -164,8 +164,9 @@ class BatchQueue:
 
     async def mark_uploaded(self, batch: Batch, file: str) -> None:
         """Record the service's id of an uploaded file."""
-        query = "UPDATE batches SET file = ? WHERE name = ?"
-        await self.ledger.write(lambda connection: connection.execute(query, (file, batch.name)))
+        await self.ledger.write(
+            lambda connection: connection.execute("UPDATE batches SET file = ? WHERE name = ?", (file, batch.name))
+        )
 
     async def mark_sent(self, batch: Batch, id: str) -> None:
         """Record the service's id of a batch, and drop the bodies of its requests, which the service has."""
@@ -246,10 +247,11 @@ class BatchQueue:
 
     async def close_batch(self, batch: Batch) -> None:
         """Record that every request of a batch has an outcome."""
-        query = "UPDATE batches SET over = 1 WHERE name = ?"
-        await self.ledger.write(lambda connection: connection.execute(query, (batch.name,)))
+        await self.ledger.write(
+            lambda connection: connection.execute("UPDATE batches SET over = 1 WHERE name = ?", (batch.name,))
+        )
 
     def other_runs(self) -> list[tuple[str, str]]:
         """The (service, run) pairs of the ledger's other services with requests queued or in batches."""
-        query = "SELECT DISTINCT service, run FROM batched WHERE service != ?"
-        return [(service, run) for service, run in self.ledger.read(query, self.service)]
+        rows = self.ledger.read("SELECT DISTINCT service, run FROM batched WHERE service != ?", self.service)
+        return [(service, run) for service, run in rows]

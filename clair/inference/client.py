@@ -227,7 +227,7 @@ class ModelClient:
         await self.limiter.acquire(retry=retry)
         try:
             self._raise_if_stopped()
-            await spending.budget.reserve(self.role, call.max_tokens)
+            await spending.budget.reserve(self.role, call.claim.max_tokens)
         except BudgetExceeded as exceeded:
             self.limiter.release()
             self.stop.request(str(exceeded), over_budget=True)
@@ -236,12 +236,12 @@ class ModelClient:
             self.limiter.release()
             raise
         await spending.requests.acquire()
-        await spending.tokens.acquire(sum(call.max_tokens))
+        await spending.tokens.acquire(sum(call.claim.max_tokens))
 
     def _release(self, call: _Call, billed: Tokens) -> None:
         self.limiter.release()
-        self.spending.budget.settle(self.role, call.max_tokens, billed)
-        self.spending.tokens.refund(sum(call.max_tokens) - sum(billed))
+        self.spending.budget.settle(self.role, call.claim.max_tokens, billed)
+        self.spending.tokens.refund(sum(call.claim.max_tokens) - sum(billed))
 
     def _raise_if_stopped(self) -> None:
         if self.stop.reason:
@@ -255,7 +255,7 @@ class ModelClient:
         while True:
             if self.stop.reason:  # requested while the ledger was written: drain() may have ended, nothing may be sent
                 self._release(call, NOTHING)
-                await self.ledger.fail(call.key, self.stop.reason, call.max_tokens)
+                await self.ledger.fail(call.key, self.stop.reason, call.claim.max_tokens)
                 raise Stopped(self.stop.reason)
             task = asyncio.ensure_future(self._send(call))
             self._calls.add(task)
@@ -283,11 +283,13 @@ class ModelClient:
             try:
                 await self._acquire(call, retry=True)
             except Stopped as stopped:
-                await self.ledger.fail(call.key, str(stopped), NOTHING if _may_be_billed(last) else call.max_tokens)
+                await self.ledger.fail(
+                    call.key, str(stopped), NOTHING if _may_be_billed(last) else call.claim.max_tokens
+                )
                 raise
             if _may_be_billed(last):
                 try:
-                    await self.ledger.reopen(call.key, call.max_tokens)
+                    await self.ledger.reopen(call.key, call.claim.max_tokens)
                 except BaseException:
                     self._release(call, NOTHING)
                     raise
@@ -298,9 +300,9 @@ class ModelClient:
         billed = NOTHING
         try:
             raw = await self.model.complete(call.request, call.sample)
-            billed = call.max_tokens  # until the reply states its usage
+            billed = call.claim.max_tokens  # until the reply states its usage
             reply = parse_reply(raw, tools="tools" in call.request)
-            billed = billed_tokens(reply, call.max_tokens)
+            billed = billed_tokens(reply, call.claim.max_tokens)
             self.health.recover()
             self.health.answered = True
             seconds = time.monotonic() - sent
@@ -311,14 +313,14 @@ class ModelClient:
             self.health.wait(error, sent)
             raise
         except Unreachable as error:
-            billed = call.max_tokens if error.billed else NOTHING
+            billed = call.claim.max_tokens if error.billed else NOTHING
             self.health.fail(sent)
             if error.busy:
                 self.limiter.timed_out(sent)
             raise
         finally:
             self._release(call, billed)
-        await self.ledger.settle(call.key, raw, billed, call.max_tokens, seconds)
+        await self.ledger.settle(call.key, raw, billed, call.claim.max_tokens, seconds)
         return reply
 
     def _report_slots(self) -> None:
@@ -334,7 +336,7 @@ class ModelClient:
         """Stop the run if the server asks to wait longer than `patience`. Raises Refused."""
         if refused := self.health.out_of_patience(error, self.limiter.in_flight):
             self.stop.request(str(refused), refused)
-            await self.ledger.fail(call.key, str(error), call.max_tokens)
+            await self.ledger.fail(call.key, str(error), call.claim.max_tokens)
             raise refused from error
 
     def _max_attempts(self, error: Exception) -> int:
@@ -348,7 +350,7 @@ class ModelClient:
             error = self.health.add_refusal(error) or error
         if isinstance(error, Refused):
             self.stop.request(str(error), error)
-        unbilled = NOTHING if _may_be_billed(error) else call.max_tokens
+        unbilled = NOTHING if _may_be_billed(error) else call.claim.max_tokens
         await self.ledger.fail(call.key, str(error), unbilled, getattr(error, "raw", None))
         if isinstance(error, RequestFailed | Refused):
             raise error
@@ -364,10 +366,6 @@ class _Call:
     request: Mapping[str, Any]
     sample: int
     claim: Claim
-
-    @property
-    def max_tokens(self) -> Tokens:
-        return self.claim.max_tokens
 
 
 def _retrieve_exception(task: asyncio.Future[Any]) -> None:

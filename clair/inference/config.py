@@ -134,7 +134,18 @@ class ModelConfig(Recipe):
         return {k: v for k, v in options.items() if v is not None} | dict(self.extra)
 
 
-class ReviserConfig(ModelConfig):
+class PromptedConfig(ModelConfig):
+    """A model whose requests are made from a template, and whose replies are parsed."""
+
+    template: str | None = None
+    """A Jinja file to use instead of the built-in one. It uses {{ task }} and {{ answer }} for a reviser; {{ task }},
+    {{ first }} and {{ second }} for a judge."""
+    system: str | None = None
+    ask_again: bool = True
+    """Ask once more, naming the problem, if a reply cannot be parsed."""
+
+
+class ReviserConfig(PromptedConfig):
     """The stronger model and its prompt."""
 
     temperature: float | None = Field(default=0.7, ge=0)
@@ -143,24 +154,15 @@ class ReviserConfig(ModelConfig):
     """`edits`: the reviser names find/replace edits, and the program applies them; if they fail, it rewrites."""
     tool_calls: Literal["keep", "revise"] = "keep"
     """`revise`: the reviser may also change the arguments of an answer's tool calls, validated by the tool's schema."""
-    template: str | None = None
-    """A Jinja file to use instead of the built-in one of the mode; it uses {{ task }} and {{ answer }}."""
-    system: str | None = None
-    ask_again: bool = True
-    """Ask once more, naming the problem, if a reply cannot be parsed."""
 
 
-class JudgeConfig(ModelConfig):
+class JudgeConfig(PromptedConfig):
     """The model that compares two answers, and its prompt."""
 
     temperature: float | None = Field(default=0.0, ge=0)
     max_tokens: int | None = Field(default=2048, ge=1)
     order: Literal["both", "random"] = "both"
     """`both`: judge every pair in both orders, which must agree; `random`: in one, by hash, at half the price."""
-    template: str | None = None
-    """A Jinja file to use instead of prompting/judge.j2; it uses {{ task }}, {{ first }} and {{ second }}."""
-    system: str | None = None
-    ask_again: bool = True
 
 
 class ScoreJudgeConfig(ModelConfig):

@@ -251,7 +251,7 @@ class LocalModel:
             queued = running.pop(row)
             queued.resolve(self._reply(row))
 
-        def is_enough(ended: int) -> bool:
+        def is_enough(finished: int) -> bool:
             if self._halted:
                 raise Unreachable("given up")
             rows = list(running)
@@ -260,7 +260,7 @@ class LocalModel:
                 self.activity = f"a batch of {len(rows)} is at token {longest:,} of at most {max_tokens:,}"
             is_full = self.batch_tokens is None and len(rows) >= self.batch_size
             arrivals = 0 if is_full or not batch.can_join else self._arrivals
-            return ended + arrivals >= max(1, (len(rows) + ended) // _CHANGED_FRACTION)
+            return finished + arrivals >= max(1, (len(rows) + finished) // _CHANGED_FRACTION)
 
         if self._halted:
             raise Unreachable("given up")

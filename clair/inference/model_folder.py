@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from clair.core.errors import UserError, one_line
-from clair.core.files import file_sha256
+from clair.core.files import file_sha256, read_json
 
 _CONTENT_FILES = re.compile(
     r".*\.safetensors$|.*\.gguf$|.*\.model$|(config|generation_config|adapter_config|tokenizer|special_tokens|added_tokens|"
     r"chat_template|vocab|merges).*\.(json|jinja|txt)$"
 )
+REMEDY = "save the model with save_pretrained"
+"""What errors about a file of a model folder advise."""
 
 
 def content_files(path: str | Path) -> list[Path]:
@@ -45,7 +46,7 @@ def adapter_base(path: str | Path) -> str | None:
     config = Path(path) / "adapter_config.json"
     if not config.is_file():
         return None
-    base = read_config(config, "the adapter").get("base_model_name_or_path")
+    base = read_json(config, REMEDY).get("base_model_name_or_path")
     if not base:
         raise UserError(f"the adapter in {path} names no base_model_name_or_path; write it into {config.name}")
     if (Path(base) / config.name).is_file():
@@ -82,8 +83,8 @@ def check_model_folder(path: str | Path, role: str = "target") -> None:
 
 def unknown_variable(template: str, names: Iterable[str]) -> str | None:
     """The first of some variables that a chat template does not mention, and would ignore; None if it has all."""
-    words = set(re.findall(r"\w+", template))
-    return next((name for name in names if name not in words), None)
+    variables = set(re.findall(r"\w+", template))
+    return next((name for name in names if name not in variables), None)
 
 
 def check_template_variables(folder: str | Path, names: Iterable[str], role: str) -> None:
@@ -95,7 +96,7 @@ def check_template_variables(folder: str | Path, names: Iterable[str], role: str
         config, file = path / "tokenizer_config.json", path / "chat_template.jinja"
         if config.is_file():
             template = (
-                file.read_text("utf-8") if file.is_file() else str(read_config(config, role).get("chat_template"))
+                file.read_text("utf-8") if file.is_file() else str(read_json(config, REMEDY).get("chat_template"))
             )
             if name := unknown_variable(template, names):
                 raise UserError(
@@ -108,7 +109,7 @@ def check_template_variables(folder: str | Path, names: Iterable[str], role: str
 def check_remote_code(folder: str | Path, role: str) -> None:
     """Check, without running it, that a model needs no code of its own (`auto_map`) to be loaded. Raises UserError."""
     file = Path(adapter_base(Path(folder)) or folder) / "config.json"
-    config = read_config(file, role) if file.is_file() else {}
+    config = read_json(file, REMEDY) if file.is_file() else {}
     if "auto_map" not in config:
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]  # the public mapping loads every config module
@@ -122,20 +123,11 @@ def check_remote_code(folder: str | Path, role: str) -> None:
 
 def _check_chat_template(folder: Path, role: str) -> None:
     file = folder / "tokenizer_config.json"
-    config = read_config(file, f"{role}: the tokenizer") if file.is_file() else {}
+    config = read_json(file, REMEDY) if file.is_file() else {}
     if not config.get("chat_template") and not (folder / "chat_template.jinja").is_file():
         raise UserError(f"{role}: the tokenizer in {folder} has no chat template; use a chat model or save one with it")
     if not config.get("eos_token"):
         raise UserError(f"{role}: the tokenizer in {folder} has no end-of-turn token (eos_token): answers cannot end")
-
-
-def read_config(file: Path, owner: str) -> dict[str, Any]:
-    """The JSON object in a file of a model folder. Raises UserError that names its `owner`."""
-    try:
-        value: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{owner}: {file} is not JSON ({error}); save it with save_pretrained") from error
-    return value
 
 
 def resize_vocabulary(model: Any, adapter: Path) -> None:

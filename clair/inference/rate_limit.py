@@ -45,7 +45,6 @@ class Limiter:
         self.max_in_flight = max_in_flight
         self.limit = float(max_in_flight)
         self.in_flight = 0
-        self.refusals = 0
         self.slots: int | None = None
         """The number of requests that the server works on at once, if it was found to be small."""
         self._proven = 0
@@ -105,7 +104,6 @@ class Limiter:
 
     def refused(self, retry_after: float | None) -> None:
         """Record a refusal; `retry_after`: seconds to wait, if the server stated them."""
-        self.refusals += 1
         paused = self._clock() < self._closed_until
         if self.in_flight > max(1, _WELL_BELOW * self._proven) and not paused:
             self.limit = max(1.0, min(self.limit, self.in_flight - 1.0))

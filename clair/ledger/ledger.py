@@ -155,8 +155,7 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def find(self, key: str) -> StoredReply | None:
         """The reply to a request, or None if it has none."""
-        query = "SELECT reply, digest, batch FROM calls WHERE key = ? AND state = 'done'"
-        rows = self.read(query, key)
+        rows = self.read("SELECT reply, digest, batch FROM calls WHERE key = ? AND state = 'done'", key)
         return self.verify(key, *rows[0]) if rows else None
 
     def spent(self, account: str, *, in_batches: bool = False) -> dict[str, Tokens]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from clair.core.errors import UserError, check_known, near_miss
+from clair.core.errors import UserError, check_name, near_miss
 from clair.data.records import Pair, message_text
 from clair.prompting.parse import is_refusal
 
@@ -168,7 +168,7 @@ def make_filters(settings: Mapping[str, bool | Mapping[str, Any]], *, revisions:
     """
     off = OFF if revisions else OFF | REVISIONS_ONLY
     for name in settings:
-        check_known("unknown filter", name, FILTERS)
+        check_name("unknown filter", name, FILTERS)
     return [
         (name, _bind_options(name, settings.get(name, name not in off)))
         for name in FILTERS

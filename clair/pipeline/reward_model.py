@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from clair.core.errors import UserError, near_miss, one_line
+from clair.core.errors import UserError, check_name, one_line
+from clair.core.files import read_json
 from clair.data.records import Answer, Dropped, Prompt, message_text, task_text
 from clair.inference.config import RewardConfig
-from clair.inference.model_folder import read_config
+from clair.inference.model_folder import REMEDY
 
 
 class RewardModel:
@@ -93,7 +94,7 @@ def check_reward(config: RewardConfig) -> int | None:
         )
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise UserError(f"scores.reward {folder} holds no config.json with *.safetensors; save it with save_pretrained")
-    facts = read_config(folder / "config.json", "the reward model")
+    facts = read_json(folder / "config.json", REMEDY)
     architecture = next(iter(facts.get("architectures") or ()), "a model without a name")
     if not architecture.endswith("ForSequenceClassification"):
         raise UserError(
@@ -113,8 +114,5 @@ def _label_index(folder: Path, label: str | None, labels: Mapping[str, str]) -> 
             f"scores.reward {folder} has {len(names)} classes; name the one whose probability is the score: "
             f"scores.reward.label, one of {', '.join(names)}"
         )
-    if label not in names:
-        raise UserError(
-            f"scores.reward.label: unknown class {label!r}{near_miss(label, names)}; allowed: {', '.join(names)}"
-        )
+    check_name("scores.reward.label: unknown class", label, names)
     return next(int(index) for index, name in labels.items() if name == label)

@@ -18,7 +18,7 @@ from clair.inference.batch_client import wait_for_results
 from clair.inference.batch_service import Pending
 from clair.inference.budget import BudgetExceeded
 from clair.inference.client import ModelClient, StopSignal
-from clair.inference.config import JudgeConfig, ReviserConfig
+from clair.inference.config import PromptedConfig
 from clair.inference.model_folder import weights_identity
 from clair.inference.open import Resources, running_clients
 from clair.ledger.ledger import Ledger
@@ -231,7 +231,7 @@ def template_warnings(config: BuildConfig) -> list[str]:
         "judge": "verdict",
     }
     for role, kind in kinds.items():
-        model: ReviserConfig | JudgeConfig | None = getattr(config, role)
+        model: PromptedConfig | None = getattr(config, role)
         if model is None or model.template is None:
             continue
         if not names_part(kind, Path(model.template).read_text("utf-8") + (model.system or "")):

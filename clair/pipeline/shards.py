@@ -51,8 +51,8 @@ def list_shards(folder: Location) -> tuple[set[Shard], set[Shard]]:
     local_paths = (path for pattern in ("*-of-*/", "*-of-*/manifest.json") for path in Path(folder).glob(pattern))
     local_files = (path.relative_to(folder) for path in local_paths)
     files = [Path(name).parts for name in (Store(folder).names() if folder.is_url else local_files)]
-    shards = {parse_shard(parts[0]) for parts in files if "-of-" in parts[0]}
-    finished = {parts[0] for parts in files if parts[1:] == ("manifest.json",)}
+    shards = {parse_shard(folder_name) for folder_name, *_ in files if "-of-" in folder_name}
+    finished = {folder_name for folder_name, *below in files if below == ["manifest.json"]}
     return shards, {shard for shard in shards if shard.name in finished}
 
 

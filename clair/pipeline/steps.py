@@ -34,43 +34,44 @@ _POINTLESS_AGAIN = ("truncated", "refusal", "content_filter", "tool_call", "inco
 
 
 @dataclass(frozen=True, slots=True)
-class Reviser:
-    """The stronger model and its templates. `edits` is the template of the edit mode, None without it.
+class PromptedModel:
+    """A model whose requests are made from a template.
 
-    `first_replies` counts the first replies by outcome: `read`, or the name of the parse failure.
+    `ask_again`: if a reply cannot be parsed, the request is sent once more, with the problem.
     """
 
     client: ModelClient
     template: str
-    edits: str | None = None
     system: str | None = None
     ask_again: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Reviser(PromptedModel):
+    """The stronger model. `edits` is the template of the edit mode, None without it.
+
+    `first_replies` counts the first replies by outcome: `read`, or the name of the parse failure.
+    """
+
+    edits: str | None = None
     revises_calls: bool = False
     first_replies: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
+class Judge(PromptedModel):
     """The model that compares two answers. `verdicts` counts them by position: 0 is a tie, 1 and 2 an answer."""
 
-    client: ModelClient
-    template: str
     order: Literal["both", "random"] = "both"
-    system: str | None = None
-    ask_again: bool = True
     verdicts: Counter[int] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreJudge:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreJudge(PromptedModel):
     """A model that gives one answer a score from `scale[0]` to `scale[1]` by a rubric."""
 
-    client: ModelClient
-    template: str
     rubric: str
     scale: tuple[int, int]
-    system: str | None = None
-    ask_again: bool = True
 
 
 async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0, role: str = "target") -> Answer:

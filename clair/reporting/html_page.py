@@ -29,18 +29,12 @@ def json_text(value: Any) -> str:
 
     It contains no `<`, hence no `</script` and no `<!--`. Infinite numbers and NaN become null.
     """
-    try:
-        text = _dumps(value)
-    except ValueError:
-        text = _dumps(_finite(value))
+    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
 def _finite(value: Any) -> Any:
+    """A JSON value with null in place of infinite numbers and NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

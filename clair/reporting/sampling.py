@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from clair.core.errors import UserError, check_known, one_line
+from clair.core.errors import UserError, check_name, one_line
 from clair.core.files import content_hash
 from clair.data.contrast import split_words
 from clair.data.records import message_text
@@ -98,7 +98,7 @@ def _test(text: str) -> Callable[[Mapping[str, Any]], bool]:
         raise UserError(f"--filter {text!r}: give NAME, one of < <= > >= = ~, and a value, such as 'jaccard<0.5'")
     name, sign, value = match.groups()
     text_filters = {"split": "=", "id": "=", "text": "~"}
-    check_known("--filter: unknown name", name, [*METRICS, *text_filters])
+    check_name("--filter: unknown name", name, [*METRICS, *text_filters])
     if name in text_filters:
         if sign != text_filters[name]:
             raise UserError(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from apo.evaluation.answers import Answer, check_run
+from apo.evaluation.answers import Answer, check_folder_and_models
 from apo.evaluation.config import BenchmarkConfig, with_batch_tokens
 from apo.evaluation.ifeval.benchmark import IFEvalRow, read_benchmark, read_responses
 from apo.evaluation.ifeval.checkers import instruction_types
 from apo.evaluation.results import SCORE
-from clair.core.errors import check_known
+from clair.core.errors import check_name
 from clair.inference.config import ModelConfig
 
 
@@ -48,11 +48,11 @@ class IFEvalInputs:
 
 def load_inputs(config: IFEvalConfig) -> IFEvalInputs:
     """Load and check all inputs before a request is sent or a file is written. Raises UserError."""
-    check_run(config, SCORE)
+    check_folder_and_models(config, SCORE)
     types = instruction_types()
     for group, names in config.groups.items():
         for name in names:
-            check_known(f"groups.{group}: no instruction type", name, types)
+            check_name(f"groups.{group}: no instruction type", name, types)
     rows = read_benchmark(config.prompts, config.limit)
     answers = read_responses(config.responses, rows) if config.responses is not None else None
     return IFEvalInputs(rows, answers)

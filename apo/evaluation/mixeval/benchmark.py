@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apo.evaluation.records.mixeval import SPLITS, Split
-from clair.core.errors import UserError, check_known
+from clair.core.errors import UserError, check_name
 from clair.core.files import content_hash
 
 UPSTREAM = "Psycoy/MixEval"
@@ -179,7 +179,7 @@ class Benchmark:
 def load(data: str | Path, version: str, split: HardOrFull = "hard", limit: int | None = None) -> Benchmark:
     """Read the benchmark in a data folder. Raises UserError if a file is missing, altered or of another version."""
     folder = Path(data)
-    check_known("MixEval has no version", version, VERSIONS, "known")
+    check_name("MixEval has no version", version, VERSIONS, "known")
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist; get it with `apo eval fetch-mixeval {folder}`")
     rows: dict[Split, tuple[BenchmarkRow, ...]] = {}

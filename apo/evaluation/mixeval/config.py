@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from apo.evaluation.answers import Answer, check_run
+from apo.evaluation.answers import Answer, check_folder_and_models
 from apo.evaluation.config import BenchmarkConfig, with_batch_tokens
 from apo.evaluation.mixeval.answers import read_responses
 from apo.evaluation.mixeval.benchmark import VERSIONS, Benchmark, HardOrFull, JudgePrompts, load, load_judge_prompts
@@ -60,7 +60,7 @@ class MixEvalInputs:
 
 def load_inputs(config: MixEvalConfig) -> MixEvalInputs:
     """Load and check all inputs before a request is sent or a file is written. Raises UserError."""
-    check_run(config, SCORE)
+    check_folder_and_models(config, SCORE)
     benchmark = load(config.data, config.version, config.split, config.limit)
     prompts = load_judge_prompts(config.data) if config.judge != "rule" else None
     answers = read_responses(config.responses, benchmark) if config.responses is not None else None

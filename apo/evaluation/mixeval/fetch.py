@@ -25,7 +25,7 @@ from apo.evaluation.mixeval.benchmark import (
     HardOrFull,
 )
 from apo.evaluation.records.mixeval import SPLITS, Split
-from clair.core.errors import UserError, check_known
+from clair.core.errors import UserError, check_name
 from clair.core.files import write_atomically, write_json
 
 BASE = f"https://raw.githubusercontent.com/{UPSTREAM}/{COMMIT}"
@@ -49,7 +49,7 @@ def fetch(
     then on. Raises UserError, with nothing written, if the network or a file is missing or a file has another hash.
     """
     for version in versions:
-        check_known("MixEval has no version", version, VERSIONS, "known")
+        check_name("MixEval has no version", version, VERSIONS, "known")
     folder = Path(out)
     files: dict[str, bytes] = {}
     for version in versions:

@@ -154,7 +154,7 @@ class WinrateRun:
 
     def __post_init__(self) -> None:
         judge = self.config.judge
-        self.judge = Judge(self.clients["judge"], self.inputs.template, "both", judge.system, judge.ask_again)
+        self.judge = Judge(self.clients["judge"], self.inputs.template, judge.system, judge.ask_again)
         for side in SIDES:
             if side in self.clients and isinstance(self.clients[side].model, LocalModel):
                 self.clients[side].limiter = Limiter(

@@ -60,7 +60,7 @@ class RunningBatch:
         """Read the prompts of rows and generate one token of each; a row that was interrupted goes on."""
         joining = copy.copy(self)
         joining.rows, joining._cache, joining._cached_rows = list(rows), _new_cache(self.model), []
-        joining.generate(on_end, lambda ended: True)
+        joining.generate(on_end, lambda finished: True)
         if self.rows and joining.rows:
             self._arrange(joining)
         elif joining.rows:
@@ -76,19 +76,19 @@ class RunningBatch:
 
         if len(self.rows) < len(self._cached_rows):
             self._arrange()
-        rows, ended = self.rows, [False] * len(self.rows)
+        rows, is_finished = self.rows, [False] * len(self.rows)
         ids, mask = self._inputs()
 
         def is_stopped(ids: Any, scores: Any, **_: Any) -> Any:
             for index, token in enumerate(ids[:, -1].tolist()):
                 row = rows[index]
-                if ended[index]:
+                if is_finished[index]:
                     continue
                 row.tokens.append(token)
                 if token in self.eos or len(row.tokens) == row.max_tokens:
-                    ended[index] = True
+                    is_finished[index] = True
                     on_end(row)
-            stop = is_enough(sum(ended)) or all(ended)
+            stop = is_enough(sum(is_finished)) or all(is_finished)
             return torch.full((len(ids),), stop, device=ids.device)
 
         sampler = [] if rows[0].draws is None else [*self._warpers, _SeededSampler(rows)]
@@ -103,7 +103,7 @@ class RunningBatch:
                 stopping_criteria=[is_stopped],
             )
         self._cache, self._cached_rows = output.past_key_values, rows
-        self.rows = [row for row, has_ended in zip(rows, ended, strict=True) if not has_ended]
+        self.rows = [row for row, finished in zip(rows, is_finished, strict=True) if not finished]
 
     def clear(self) -> None:
         """Remove all rows, and free the cache. The rows can join a batch again."""
@@ -141,7 +141,7 @@ class RunningBatch:
                 for layers in zip(*(batch._cache.layers for batch in batches), strict=True):
                     pairs = zip(layers, selected, strict=True)
                     layers[0].arrange(
-                        [(layer.keys[part], layer.values[part]) for layer, part in pairs], length, length + 1
+                        [(layer.keys[indices], layer.values[indices]) for layer, indices in pairs], length, length + 1
                     )
             else:
                 self._cache.reorder_cache(selected[0])  # the one method that every kind of layer has
@@ -211,23 +211,23 @@ def _growing_layer() -> Any:
             self.keys, self.values = (buffer[: len(key_states), :, :end] for buffer in self.buffers)
             return self.keys, self.values
 
-        def arrange(self, parts: Sequence[tuple[Any, Any]], length: int, end: int) -> None:
+        def arrange(self, states: Sequence[tuple[Any, Any]], length: int, end: int) -> None:
             """Hold the last `length` positions of the (keys, values) of several batches, padded on the left.
 
             There is room for `end` positions. Memory is kept: made anew for every change, it would be fragmented.
             """
-            rows = sum(len(keys) for keys, _ in parts)
+            rows = sum(len(keys) for keys, _ in states)
             buffers = []
-            for buffer, *states in zip(self.buffers, *parts, strict=True):
-                most_rows, heads, room, size = buffer.shape
-                if rows > most_rows or end > room:
+            for buffer, *tensors in zip(self.buffers, *states, strict=True):
+                max_rows, heads, room, size = buffer.shape
+                if rows > max_rows or end > room:
                     room = max(room, -(-end // _ROOM) * _ROOM)
-                    buffer = buffer.new_zeros((max(rows, most_rows), heads, room, size))
+                    buffer = buffer.new_zeros((max(rows, max_rows), heads, room, size))
                 target = buffer[:rows, :, :length]
-                for part, selected in zip(states, target.split([*map(len, states)]), strict=True):
-                    count = min(length, part.shape[-2])
-                    selected[:, :, : length - count] = 0
-                    selected[:, :, length - count :] = part[:, :, part.shape[-2] - count :]
+                for source, destination in zip(tensors, target.split([*map(len, tensors)]), strict=True):
+                    count = min(length, source.shape[-2])
+                    destination[:, :, : length - count] = 0
+                    destination[:, :, length - count :] = source[:, :, source.shape[-2] - count :]
                 buffers.append(buffer)
             self.buffers = buffers
             self.keys, self.values = (buffer[:rows, :, :length] for buffer in buffers)
