@@ -10,13 +10,14 @@ Rows have the form of clair's `read_row`: all text, or messages with content and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from datetime import date, datetime, time
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from datetime import date
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from apo.data.applied_templates import check_not_rendered, check_opening_marks
 from apo.data.encoding import Rendered, RowError, any_of, common_prefix, encode_marked, encode_text, no_end_message
 from apo.data.message_texts import (
     call_texts,
@@ -28,6 +29,7 @@ from apo.data.message_texts import (
     with_json_arguments,
     with_thoughts_in_text,
 )
+from apo.data.template_time import write_day, writes_time
 from apo.data.text_rows import render_text
 from clair.core.errors import one_line
 
@@ -55,36 +57,12 @@ NOTES = {
 }
 """Notes for the user, by the keys of `Rendered.notes`. `keys` occurs once per key of a message: `keys:name`."""
 
-_RENDERED = re.compile(
-    r"\s*(<s>\s*|<bos>\s*|<\|begin_of_text\|>\s*)?(<\|im_start\|>\s*(system|user|assistant)\b"
-    r"|<\|start_header_id\|>\s*(system|user|assistant)\b|<start_of_turn>\s*(user|model)\b"
-    r"|<\|start\|>\s*(system|developer|user|assistant)\b|\[INST\](?=.*\[/INST\])|<\|(system|user|assistant)\|>"
-    r"|<｜(begin▁of▁sentence|User|Assistant)｜>|<\|start_of_role\|>|<\|START_OF_TURN_TOKEN\|>|<\|header_start\|>"
-    r"|\[gMASK\]|<extra_id_[01]>\s*(System|User|Assistant)\b)",
-    re.DOTALL,
-)
-"""The beginning of a text to which a template of ChatML, Llama, Gemma, Harmony, Mistral, Phi, DeepSeek, Granite,
-Command, GLM or Nemotron has already been applied."""
 _MAX_ATTEMPTS = 3
 """How often a row is rendered if its template writes a different time on each rendering."""
-_OPENING_CHARACTERS = 60
-"""Characters at the start of a text that are searched for the marks of a template."""
-
-
-def _already_rendered_message(number: int, column: str, mark: str) -> str:
-    return (
-        f"message {number} of {column!r} begins with {mark.strip()!r}: a chat template has already been applied to it; "
-        "give messages, or the text alone"
-    )
 
 
 class _TimeChanged(Exception):
     """The template wrote a different time in two renderings of the same prompt."""
-
-
-def writes_time(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True if the chat template can write the date or the time (`strftime_now`)."""
-    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 
 def render(
@@ -133,7 +111,8 @@ class _Conversation:
         self.tools, self.options = row.get("tools"), row.get("chat_template_kwargs") or {}
         self.day = date.fromisoformat(day) if day and writes_time(tokenizer) else None
         self.prompt, *self.answers = (row[column] for column in ("prompt", *columns))
-        self._check_not_rendered()
+        tokens = (tokenizer.convert_ids_to_tokens(end) for end in sorted(eos))
+        check_not_rendered(self._messages_by_column, tuple(token for token in tokens if token))
         self.begun = self.prompt[-1]["role"] == "assistant" and not self.prompt[-1].get("tool_calls")
         if self.begun:
             self.notes.add("begun")
@@ -145,32 +124,6 @@ class _Conversation:
             self._convert_tool_calls()
         if any(split_thoughts(message)[0] for answer in self.answers for message in answer):
             self._convert_thoughts()
-
-    def _check_not_rendered(self) -> None:
-        """Raises RowError for a text that has a template's marks around it: the template would write them again."""
-        tokens = (self.tokenizer.convert_ids_to_tokens(end) for end in sorted(self.eos))
-        end_texts = tuple(token for token in tokens if token)
-        for column, messages in zip(("prompt", *self.columns), (self.prompt, *self.answers), strict=True):
-            for number, message in enumerate(messages, 1):
-                if mark := _RENDERED.match(message["content"]):
-                    raise RowError(_already_rendered_message(number, column, mark.group()))
-            if column != "prompt" and messages[-1]["content"].rstrip().endswith(end_texts):
-                raise RowError(
-                    f"an answer ends with the end of turn twice: the text of {column!r} ends with it; take it out of "
-                    "the text, the chat template writes it"
-                )
-
-    def _check_opening_marks(self, texts: Sequence[str]) -> None:
-        """Raises RowError for a text that begins as this template begins a turn."""
-        assert self.marks is not None
-        columns = ("prompt", *self.columns)
-        for column, messages, text in zip(columns, (self.prompt, *self.answers), (texts[0], *texts), strict=True):
-            for number, message in enumerate(messages, 1):
-                head = message["content"].strip()[:_OPENING_CHARACTERS]
-                preceding = text.partition(head)[0].rstrip() if head else ""
-                for opening in (head[:length].rstrip() for length in range(len(head), 0, -1)):
-                    if preceding.endswith(opening) and self.marks.search(opening):
-                        raise RowError(_already_rendered_message(number, column, opening))
 
     def _convert_tool_calls(self) -> None:
         """Pass arguments of tool calls as objects, or as JSON text if the template rejects objects (DeepSeek)."""
@@ -203,6 +156,10 @@ class _Conversation:
                 self.answers = answers
 
     @property
+    def _messages_by_column(self) -> dict[str, Messages]:
+        return dict(zip(("prompt", *self.columns), (self.prompt, *self.answers), strict=True))
+
+    @property
     def conversations(self) -> list[Messages]:
         """The prompt with each answer. A begun turn at the end of the prompt is joined with the answer's first turn."""
         if not self.begun:
@@ -229,7 +186,7 @@ class _Conversation:
                 # A tokenizer without a Jinja template, such as Mistral's, writes control tokens as ids only.
                 ids = apply(messages, tokenize=True, return_dict=True, tools=tools, **options)["input_ids"]
                 return self.tokenizer.decode(ids), ids
-            with _dated(self.tokenizer.get_chat_template(tools=tools), self.day) if self.day else nullcontext():
+            with write_day(self.tokenizer.get_chat_template(tools=tools), self.day) if self.day else nullcontext():
                 text = apply(messages, tokenize=False, tools=tools, **options)
         except Exception as error:  # templates raise anything, and the row's number has to be added
             turns = ", ".join(message["role"] for message in messages)
@@ -251,7 +208,7 @@ class _Conversation:
         if writes_time(self.tokenizer) and self._render(self.prompt, **ending)[0] != prompt_text:
             raise _TimeChanged
         if self.marks:
-            self._check_opening_marks(texts)
+            check_opening_marks(self._messages_by_column, texts, self.marks)
         start = min(common_prefix(prompt, ids) for ids in conversation_ids)
         if start < len(prompt):
             self.notes.add("parted")
@@ -390,27 +347,3 @@ class _Conversation:
     def _prompt_alone(self) -> str:
         """The prompt without the start of an answer."""
         return self._render(self.prompt)[0]
-
-
-@contextmanager
-def _dated(template: str, day: date) -> Iterator[None]:
-    """Make a chat template's `strftime_now` write `day` in this context.
-
-    It is a global function of the compiled template, which transformers caches; no variable can replace it, because
-    transformers passes functions as text.
-    """
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    names = _compile_jinja_template(template).globals
-    names["strftime_now"] = partial(_strftime_on, day)
-    try:
-        yield
-    finally:
-        del names["strftime_now"]
-
-
-def _strftime_on(day: date, format: str) -> str:
-    """`strftime_now(format)` of a template on `day`. A format with a time of day uses the clock."""
-    midnight, later = (datetime.combine(day, moment) for moment in (time.min, time(13, 14, 15, 161718)))
-    text = midnight.strftime(format)
-    return text if later.strftime(format) == text else datetime.now().strftime(format)

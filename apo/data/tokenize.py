@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from apo.data.encoding import control_tokens, no_end_message
-from apo.data.rendering import NOTES, render, writes_time
+from apo.data.rendering import NOTES, render
+from apo.data.template_time import writes_time
 from clair.core.errors import UserError, check_name
 from clair.data.preference_rows import read_row
 from clair.data.preferences import check_columns, read_dataset, restore_row
