@@ -131,9 +131,12 @@ def _eval_source(path: str, sources: Sequence[Source]) -> Source:
     columns = dict(sources[0].columns) if all(source.columns == sources[0].columns for source in sources) else {}
     options = {str(source.chat_template_kwargs): source.chat_template_kwargs for source in sources}
     return Source(
-        path=path, split="test" if "test" in names else names[0], where=shared or None, columns=columns,
+        path=path,
+        split="test" if "test" in names else names[0],
+        where=shared or None,
+        columns=columns,
         chat_template_kwargs=next(iter(options.values())) if len(options) == 1 else None,
-    )  # fmt: skip
+    )
 
 
 def _concatenated(datasets: Sequence[Dataset], sources: Sequence[Source]) -> Dataset:

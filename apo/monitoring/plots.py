@@ -266,27 +266,59 @@ class Panel:
 
 
 _PANELS = (
-    Panel("Reward", "beta x log-ratio; band: a tenth to nine tenths of pairs",
-          {f"rewards/{side}": (side, color) for side, color in COLORS.items()}, zero=True),
+    Panel(
+        "Reward",
+        "beta x log-ratio; band: a tenth to nine tenths of pairs",
+        {f"rewards/{side}": (side, color) for side, color in COLORS.items()},
+        zero=True,
+    ),
     Panel("Loss", "the objective, mean of pairs", {"loss": ("loss", BLUE)}),
-    Panel("Pairs", "share of all",
-          {"rewards/accuracies": ("right order", BLUE), "chosen_falls": ("chosen falls", COLORS["rejected"]),
-           "saturation": ("saturated", GOLD)}, share=True),
-    Panel("Log-probability", "nats a response, of the pairs of each log",
-          {f"logps/{side}": (side, color) for side, color in COLORS.items()}),
-    Panel("Where chosen and rejected move", "probe: log-ratio, nats a token",
-          {"probe/edited_chosen": ("chosen, edited", COLORS["chosen"]), "probe/shared_chosen": ("chosen, shared", PLUM),
-           "probe/edited_rejected": ("rejected, edited", COLORS["rejected"])}, zero=True),
+    Panel(
+        "Pairs",
+        "share of all",
+        {
+            "rewards/accuracies": ("right order", BLUE),
+            "chosen_falls": ("chosen falls", COLORS["rejected"]),
+            "saturation": ("saturated", GOLD),
+        },
+        share=True,
+    ),
+    Panel(
+        "Log-probability",
+        "nats a response, of the pairs of each log",
+        {f"logps/{side}": (side, color) for side, color in COLORS.items()},
+    ),
+    Panel(
+        "Where chosen and rejected move",
+        "probe: log-ratio, nats a token",
+        {
+            "probe/edited_chosen": ("chosen, edited", COLORS["chosen"]),
+            "probe/shared_chosen": ("chosen, shared", PLUM),
+            "probe/edited_rejected": ("rejected, edited", COLORS["rejected"]),
+        },
+        zero=True,
+    ),
     Panel("Distance to the reference", "probe: KL of the next token, nats", {"probe/kl": ("KL", BLUE)}, zero=True),
-    Panel("Guard: text", "rise of the loss, nats a token; band: its noise",
-          {"guard/text_loss_rise": ("rise", PLUM)}, zero=True),
-    Panel("Guard: tasks", "accuracy lost; band: its noise", {"guard/accuracy_drop": ("lost", PLUM)},
-          share=True, zero=True),
-    Panel("Length", "tokens a response, of the pairs of each log",
-          {f"lengths/{side}": (side, color) for side, color in COLORS.items()}),
+    Panel(
+        "Guard: text",
+        "rise of the loss, nats a token; band: its noise",
+        {"guard/text_loss_rise": ("rise", PLUM)},
+        zero=True,
+    ),
+    Panel(
+        "Guard: tasks", "accuracy lost; band: its noise", {"guard/accuracy_drop": ("lost", PLUM)}, share=True, zero=True
+    ),
+    Panel(
+        "Length",
+        "tokens a response, of the pairs of each log",
+        {f"lengths/{side}": (side, color) for side, color in COLORS.items()},
+    ),
     Panel("Gradient", "norm before clipping", {"grad_norm": ("norm", BLUE)}),
     Panel("Speed", "pairs a second", {"pairs_per_second": ("pairs/s", BLUE)}),
-    Panel("What is computed", "share of tokens, and of the device's peak",
-          {"mfu": ("MFU", BLUE), "padding": ("padding", COLORS["rejected"]), "shared": ("shared", COLORS["chosen"])},
-          share=True),
-)  # fmt: skip
+    Panel(
+        "What is computed",
+        "share of tokens, and of the device's peak",
+        {"mfu": ("MFU", BLUE), "padding": ("padding", COLORS["rejected"]), "shared": ("shared", COLORS["chosen"])},
+        share=True,
+    ),
+)

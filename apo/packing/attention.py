@@ -81,10 +81,15 @@ def _split(
         mask = _mask(packed, span, "chosen", window) if masked else None
         outputs.append(
             attend(
-                query[:, :, first], key[:, :, first], value[:, :, first], attn_mask=mask, dropout_p=dropout,
-                is_causal=mask is None, scale=scale,
+                query[:, :, first],
+                key[:, :, first],
+                value[:, :, first],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scale,
             )
-        )  # fmt: skip
+        )
         if span.rejected:
             keys, values = (torch.cat([t[:, :, start:shared_end], t[:, :, second]], dim=2) for t in (key, value))
             mask = _mask(packed, span, "rejected", window)
@@ -202,9 +207,15 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
     """Attention with a soft cap on the scores (Gemma 2), which no fused kernel offers on a CPU."""
 
     def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: torch.Tensor, dropout_p: float,
-        scale: float, is_causal: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        attn_mask: torch.Tensor,
+        dropout_p: float,
+        scale: float,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
         scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
         weights = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min).float().softmax(-1).to(query.dtype)
         return torch.dropout(weights, dropout_p, train=dropout_p > 0) @ value
@@ -328,9 +339,10 @@ def _blocks(spans: Sequence[PairSpan], blocks: int, window: int | None) -> tuple
         start, shared_end, chosen_end, rejected_end = span.bounds
         # First and last query, first and last key, and by how much the row separates them more than their sequence.
         for q, q_end, k, k_end, offset in (
-            (start, chosen_end, start, chosen_end, 0), (chosen_end, rejected_end, start, shared_end, span.chosen),
+            (start, chosen_end, start, chosen_end, 0),
+            (chosen_end, rejected_end, start, shared_end, span.chosen),
             (chosen_end, rejected_end, chosen_end, rejected_end, 0),
-        ):  # fmt: skip
+        ):
             if q == q_end:
                 continue
             region = slice(q // BLOCK, -(-q_end // BLOCK)), slice(k // BLOCK, -(-k_end // BLOCK))

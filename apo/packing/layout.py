@@ -145,11 +145,15 @@ def pack_pairs(
         last_shared = start + shared - 1
         chosen_end, rejected_end = last_shared + span.chosen, last_shared + span.chosen + span.rejected
         segments = (
-            (0 if paired else 1 if chosen else 2, (chosen or rejected)[:common],
-             (chosen_mask or rejected_mask)[:common], range(start + len(prompt) - 1, last_shared)),
+            (
+                0 if paired else 1 if chosen else 2,
+                (chosen or rejected)[:common],
+                (chosen_mask or rejected_mask)[:common],
+                range(start + len(prompt) - 1, last_shared),
+            ),
             (1, chosen[common:], chosen_mask[common:], chain([last_shared], range(last_shared + 1, chosen_end))),
             (2, rejected[common:], rejected_mask[common:], chain([last_shared], range(chosen_end + 1, rejected_end))),
-        )  # fmt: skip
+        )
         for offset, tokens, mask, states in segments:
             predictors += compress(states, mask)
             labels += compress(tokens, mask)
@@ -168,9 +172,15 @@ def pack_pairs(
     stacked = to_device(torch.tensor([*chain(*columns)]), torch.device(device))
     tensors = stacked.split([len(column) for column in columns])
     return PackedRow(
-        input_ids=tensors[0][None], position_ids=tensors[1][None], spans=spans, predictors=tensors[2],
-        labels=tensors[3], owner=tensors[4], lengths=tensors[5].view(-1, 2), counts=counts,
-    )  # fmt: skip
+        input_ids=tensors[0][None],
+        position_ids=tensors[1][None],
+        spans=spans,
+        predictors=tensors[2],
+        labels=tensors[3],
+        owner=tensors[4],
+        lengths=tensors[5].view(-1, 2),
+        counts=counts,
+    )
 
 
 def pack_bins(sizes: Sequence[int], capacity: int) -> list[list[int]]:

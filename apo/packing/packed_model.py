@@ -26,8 +26,10 @@ from clair.inference.generation.onednn import restore_linear, use_onednn
 def unsupported_reason(model: torch.nn.Module) -> str | None:
     """Why a model cannot run packed rows, or None. `matches_padded` still has to check it on real pairs."""
     base = _base_model(model)
-    if any(getattr(config, "prompt_learning", False) or getattr(config, "is_prompt_learning", False)
-           for config in getattr(model, "peft_config", {}).values()):  # fmt: skip
+    if any(
+        getattr(config, "prompt_learning", False) or getattr(config, "is_prompt_learning", False)
+        for config in getattr(model, "peft_config", {}).values()
+    ):
         return "its adapter puts virtual tokens in front"
     attention = getattr(base.config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager", NAME):
@@ -146,9 +148,12 @@ def packed_logps(model: torch.nn.Module, packed: PackedRow) -> PairLogps:
     # transformers passes a mask of 4 dimensions on untouched.
     placeholder = torch.ones(1, 1, 1, 1, device=packed.input_ids.device)
     logps = model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=placeholder, use_cache=False,
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        attention_mask=placeholder,
+        use_cache=False,
         shared_prefix=packed,
-    )  # fmt: skip
+    )
     sums = logps.new_zeros(3 * packed.pairs).index_add(0, packed.owner, logps).view(-1, 3)
     chosen_len, rejected_len = packed.lengths.T
     return PairLogps(sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2], chosen_len, rejected_len)

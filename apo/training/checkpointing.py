@@ -132,9 +132,14 @@ class CheckpointTrainer(DPOTrainer):
         """Do nothing: the checkpoint is not in place yet, and TRL uploads everything in the run's folder."""
 
     def push_to_hub(
-        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
-        revision: str | None = None, private: bool | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Upload model, configs, tokenizer, card and metrics; no checkpoint, optimizer state or pickle.
 
         Returns the commit or, unless `blocking`, its future; None on processes other than rank 0.
@@ -155,10 +160,15 @@ class CheckpointTrainer(DPOTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
         upload = hf_api().upload_folder(
-            repo_id=self.hub_model_id, folder_path=folder, commit_message=message, token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision, run_as_future=True, allow_patterns=list(_UPLOADED),
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            run_as_future=True,
+            allow_patterns=list(_UPLOADED),
             ignore_patterns=list(_NOT_UPLOADED),
-        )  # fmt: skip
+        )
         upload.add_done_callback(_log_failed_upload)
         self.push_in_progress = PushInProgress([upload])  # pyright: ignore[reportArgumentType]  # its annotation is wrong
         return upload

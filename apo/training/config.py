@@ -159,9 +159,14 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
     check_best_metric(config.trainer.get("metric_for_best_model"), objective)
     try:
         return APOConfig(
-            **{**defaults, **config.trainer}, output_dir=config.out, seed=config.seed, beta=config.beta,
-            objective=config.objective, weights=config.weights, trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+            **{**defaults, **config.trainer},
+            output_dir=config.out,
+            seed=config.seed,
+            beta=config.beta,
+            objective=config.objective,
+            weights=config.weights,
+            trust_remote_code=config.trust_remote_code,
+        )
     except UserError:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -279,10 +284,13 @@ def lora_config(config: TrainConfig) -> Any:
                 "ignore", "Using Rank-Stabilized LoRA", UserWarning
             )  # `write_plain` converts that too
             lora = LoraConfig(
-                r=config.lora.r, lora_alpha=config.lora.alpha,  # pyright: ignore[reportArgumentType]  # a float works
-                lora_dropout=config.lora.dropout, target_modules=config.lora.target_modules, task_type="CAUSAL_LM",
+                r=config.lora.r,
+                lora_alpha=config.lora.alpha,  # pyright: ignore[reportArgumentType]  # a float works
+                lora_dropout=config.lora.dropout,
+                target_modules=config.lora.target_modules,
+                task_type="CAUSAL_LM",
                 **options,
-            )  # fmt: skip
+            )
     except (ValueError, TypeError, ImportError, UserWarning) as error:
         raise UserError(f"lora: {one_line(error)}") from error
     if config.quantize and is_decomposed(lora):

@@ -58,10 +58,14 @@ class LogprobComputer:
         self._may_pack = False
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else models[0].dtype
         reason, notes = enable_packing_if_exact(
-            models, collate(_shortest_pairs(models[0], dataset)),
-            collate(first_rows(dataset, self.args.per_device_train_batch_size)), dtype, self.args.device,
-            autocast=lambda: self.accelerator.autocast(), fatal=is_out_of_memory,
-        )  # fmt: skip
+            models,
+            collate(_shortest_pairs(models[0], dataset)),
+            collate(first_rows(dataset, self.args.per_device_train_batch_size)),
+            dtype,
+            self.args.device,
+            autocast=lambda: self.accelerator.autocast(),
+            fatal=is_out_of_memory,
+        )
         self.is_packed = reason is None
         padded = [f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}"]
         return notes if self.is_packed else notes + padded

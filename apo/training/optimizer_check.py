@@ -96,9 +96,12 @@ def check_optimizer(args: APOConfig, steps: int, prefix: str = "trainer.") -> No
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     with setup_errors(f"{prefix}lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
         get_scheduler(
-            args.lr_scheduler_type, torch.optim.SGD([weight], lr=args.learning_rate), args.get_warmup_steps(steps),
-            steps, schedule_options,
-        )  # fmt: skip
+            args.lr_scheduler_type,
+            torch.optim.SGD([weight], lr=args.learning_rate),
+            args.get_warmup_steps(steps),
+            steps,
+            schedule_options,
+        )
 
 
 @contextmanager

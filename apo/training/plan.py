@@ -175,9 +175,8 @@ def estimate(planned: Plan, others: Sequence[Device] = ()) -> Estimate | str:
         if isinstance(error, UserError):
             raise
         return str(error)
-    reference = ("cached" if args.precompute_ref_log_probs else "online") if (
-        resolve_mixture(config.objective).needs_reference
-    ) else None  # fmt: skip
+    objective = resolve_mixture(config.objective)
+    reference = ("cached" if args.precompute_ref_log_probs else "online") if objective.needs_reference else None
     checkpointing = config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing"))
     dtype = str(args.loading_options().get("dtype", "float32"))
     examples, stands_for = sample_pairs(planned.train.dataset)
@@ -185,11 +184,23 @@ def estimate(planned: Plan, others: Sequence[Device] = ()) -> Estimate | str:
     @functools.cache
     def build(on_gpu: bool, checkpointing: bool, pack_tokens: int | None) -> Job:
         return build_job(
-            sizes, examples, args, planned.steps, stands_for=stands_for, reference=reference, dtype=dtype,
-            mixed=config.trainer.get("bf16", on_gpu) or args.fp16, checkpointing=checkpointing, pack_tokens=pack_tokens,
-            on_gpu=on_gpu, mismatched=resolve_mixture(config.objective).needs_divergence, processes=planned.processes,
-            sharded=fsdp_requested(args), quantized=config.quantize is not None, zero=zero,
-        )  # fmt: skip
+            sizes,
+            examples,
+            args,
+            planned.steps,
+            stands_for=stands_for,
+            reference=reference,
+            dtype=dtype,
+            mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
+            checkpointing=checkpointing,
+            pack_tokens=pack_tokens,
+            on_gpu=on_gpu,
+            mismatched=objective.needs_divergence,
+            processes=planned.processes,
+            sharded=fsdp_requested(args),
+            quantized=config.quantize is not None,
+            zero=zero,
+        )
 
     jobs = {}
     for device in (machine, *others):

@@ -211,11 +211,21 @@ def build_trainer(planned: Plan, group: Group | None = None, log: Callable[[str]
         check_vocabulary(model, planned.tokenizer, planned.name.base)
     try:
         trainer = APOTrainer(
-            model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora_config(config),
-            eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
-            log=_silent, callbacks=[InterruptCallback(group), inspection, MetricsCallback(Path(config.out)),
-                ProgressBarCallback(), DiagnosisCallback(plain, log)],
-        )  # fmt: skip
+            model=model,
+            args=args,
+            train_dataset=planned.train.dataset,
+            peft_config=lora_config(config),
+            eval_dataset=planned.eval.dataset if planned.eval else None,
+            processing_class=planned.tokenizer,
+            log=_silent,
+            callbacks=[
+                InterruptCallback(group),
+                inspection,
+                MetricsCallback(Path(config.out)),
+                ProgressBarCallback(),
+                DiagnosisCallback(plain, log),
+            ],
+        )
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(one_line(error)) from error
     for callback in (PrinterCallback, ProgressCallback):  # replaced by ProgressBarCallback
@@ -244,9 +254,11 @@ def _facts(planned: Plan, status: Status) -> dict[str, Any]:
     facts = {
         "data": {**planned.counts(), "sha256": hash_pairs(planned.train.dataset, planned.config.weights)},
         "model_sha256": hash_model_files(planned.name),
-        "steps": planned.steps, "pairs_per_step": planned.pairs_per_step, "processes": planned.processes,
+        "steps": planned.steps,
+        "pairs_per_step": planned.pairs_per_step,
+        "processes": planned.processes,
         "day": planned.day,
-    }  # fmt: skip
+    }
     if status == "new":
         return facts
     run = read_run(out)

@@ -371,13 +371,18 @@ class APOTrainer(CheckpointTrainer):
         folder = Path(self.args.reference_cache) if self.args.reference_cache else None
         with stop_on_out_of_memory(self, "the reference's log-probs"):
             dataset, computed = add_reference_logps(
-                dataset, self._reference_identity() if folder else (), compute, folder, self.notes.append,
-                rank=self.args.process_index, processes=self.args.world_size,
+                dataset,
+                self._reference_identity() if folder else (),
+                compute,
+                folder,
+                self.notes.append,
+                rank=self.args.process_index,
+                processes=self.args.world_size,
                 gather=lambda value: gather_object([value]),
                 show_progress=lambda total: progress(
                     f"reference log-probs, {name}", total, shown=self.args.process_index == 0
                 ),
-            )  # fmt: skip
+            )
         self.reference_computed[name] = computed
         return dataset
 

@@ -17,15 +17,32 @@ from apo.losses.mixture import resolve_mixture
 from clair.core.errors import UserError
 
 IGNORED = (
-    "loss_type", "loss_weights", "label_smoothing", "label_smoothing_factor", "f_divergence_type",
-    "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau", "sync_ref_model", "ref_model_mixup_alpha",
-    "ref_model_sync_steps", "padding_free", "truncation_mode", "pad_token",
-)  # fmt: skip
+    "loss_type",
+    "loss_weights",
+    "label_smoothing",
+    "label_smoothing_factor",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "use_weighting",
+    "discopop_tau",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "padding_free",
+    "truncation_mode",
+    "pad_token",
+)
 """Options of TRL's own losses and batches: refused beside `objective`, never ignored."""
 _OBJECTIVES = {
-    "sigmoid": "dpo", "sigmoid_norm": "{dpo: {length_normalised: true}}", "ipo": "ipo", "robust": "robust",
-    "sft": "sft", "apo_zero": "apo_zero", "apo_down": "apo_down",
-}  # fmt: skip
+    "sigmoid": "dpo",
+    "sigmoid_norm": "{dpo: {length_normalised: true}}",
+    "ipo": "ipo",
+    "robust": "robust",
+    "sft": "sft",
+    "apo_zero": "apo_zero",
+    "apo_down": "apo_down",
+}
 """The objective that equals each of TRL's `loss_type`s."""
 _UPLOADS_STATES = ("checkpoint", "all_checkpoints")
 _POSITIVE = ("max_length", "pack_tokens", "pad_to_multiple_of", "precompute_ref_batch_size")

@@ -157,8 +157,12 @@ class BatchQueue:
         while rows := self.ledger.read(
             "SELECT key, body FROM batched WHERE batch = ? AND service = ? AND run = ? AND key > ? ORDER BY key "
             "LIMIT ?",
-            batch.name, self.service, batch.run, last, _ROWS_PER_READ,
-        ):  # fmt: skip
+            batch.name,
+            self.service,
+            batch.run,
+            last,
+            _ROWS_PER_READ,
+        ):
             yield from (body for _, body in rows)
             last = rows[-1][0]
 
