@@ -19,10 +19,10 @@ from recipes.experiments.advice.measure import (
     QUESTIONS,
     RATES,
     TARGETS,
-    orders,
     prepare,
     relabelled,
     train_and_score,
+    training_jobs,
 )
 from recipes.experiments.advice.table import PAGE, against, mean_regret, measured, page, policies, regrets
 from recipes.experiments.paper_mini import results
@@ -52,12 +52,12 @@ def advised(objective: str, **more: object) -> dict:
 def test_runs_go_seed_by_seed_with_the_advice_s_beta_and_each_objective_s_rate():
     names = [of.name(number) for number, of in enumerate(COMBINATIONS)]
     advice_by_name = {names[0]: advised("apo_zero", dataset="a"), names[5]: advised("none", dataset="b")}
-    planned = list(orders(advice_by_name, Path("run")))
-    assert [order.seed for order in planned] == [0] * 6 + [1] * 6
-    assert [order.objective for order in planned[:3]] == list(RATES)
+    planned = list(training_jobs(advice_by_name, Path("run")))
+    assert [job.seed for job in planned] == [0] * 6 + [1] * 6
+    assert [job.objective for job in planned[:3]] == list(RATES)
     assert {(o.dataset, o.beta) for o in planned} == {("a", 0.05), ("b", design.BETA)}
     assert {(o.objective, o.learning_rate) for o in planned} == set(RATES.items())
-    assert len({order.out for order in planned}) == len({order.name for order in planned}) == 12
+    assert len({job.out for job in planned}) == len({job.name for job in planned}) == 12
 
 
 def test_labels_are_exchanged_in_half_of_the_pairs_or_in_all(tmp_path):
@@ -172,7 +172,7 @@ def test_the_page_says_what_the_advice_comes_to_and_hides_nothing():
 
 def test_the_committed_page_is_made_of_the_committed_results():
     lines = [line for line in results.read(ROOT / design.RESULTS) if line["world"] == design.world()]
-    assert sum(map(design.counts, lines)) == 144
+    assert sum(map(design.is_at_tuned_rate, lines)) == 144
     assert (ROOT / PAGE).read_text("utf-8") == page(lines)
 
 
@@ -193,7 +193,7 @@ def test_a_combination_from_pairs_to_advice_and_a_trained_model(tmp_path, monkey
     assert json.loads(json.dumps(line)) == line
     target = str(tmp_path / "models/weak")
     trained = train_and_score(
-        design.Order("one", line["dataset"], target, "apo_zero", 0.1, 3e-5, 0, str(tmp_path / "out"))
+        design.TrainingJob("one", line["dataset"], target, "apo_zero", 0.1, 3e-5, 0, str(tmp_path / "out"))
     )
     assert (trained["objective"], trained["seed"], len(trained["right"])) == ("apo_zero", 0, QUESTIONS)
     assert trained["right"].count("1") > line["base"]["right"].count("1")

@@ -1,1 +1,1 @@
-"""`apo advise` measured: targets and pairs whose best objective is known by training with all of them."""
+"""Measure `apo advise` on targets and pairs whose best objective is known from training with every objective."""

@@ -5,7 +5,7 @@
 
 There are six new targets with four data sets each: revised, judged, by a stronger or weaker writer, with exchanged
 labels, or small ones; each has a judge with its own errors and biases. First `apo advise` runs on each data set. Then
-each target is trained on it with three objectives and two seeds, at the advised beta and the objective's tuned learning
+its target is trained on it with three objectives and two seeds, at the advised beta and the objective's tuned learning
 rate, and answers 240 held-out tasks. Each advice and each run is one line in
 recipes/experiments/advice/results/advice.jsonl; an interrupted measurement resumes with what is missing.
 The rule was committed before any of this, and is not tuned.
@@ -120,7 +120,7 @@ COMBINATIONS: tuple[Combination, ...] = (
 
 
 def written(writer: Writer, task: Task, rng: Random) -> str:
-    """The answer of a writer with these habits to a task."""
+    """A writer's answer to a task, drawn by the writer's shares."""
     sentence = task.right if rng.random() < writer[0] else task.wrong
     return add_style(sentence, rng.choices(STYLES, writer[1])[0], rng)
 
@@ -202,7 +202,7 @@ def prepare(combination: Combination, number: int, run: Path) -> dict[str, Any]:
     """Build the pairs, run `apo advise` with and without the judge, and score the untrained target. Returns a line."""
     from apo.advice.config import AdviseConfig
     from apo.advice.rule import Evidence, advise
-    from apo.advice.run import run as ask
+    from apo.advice.run import run as run_advice
     from apo.analysis.distinguishability import Interval
     from recipes.experiments.paper_mini.answers import answers, scored
 
@@ -220,7 +220,7 @@ def prepare(combination: Combination, number: int, run: Path) -> dict[str, Any]:
         judge = {"url": server.url, "model": "world-judge", "id": f"advice-{number}"}
         model = {"path": str(target), "temperature": 1.0, "max_tokens": 96, "batch_size": 64}
         recipe = {"dataset": str(pairs), "model": model, "judge": judge, "out": str(folder / "advice")}
-        result = ask(resolve(AdviseConfig, recipe)).result
+        result = run_advice(resolve(AdviseConfig, recipe)).result
     assert result is not None, f"{combination.name(number)}: the judge did not answer"
     evidence: dict[str, Any] = {
         key: Interval(**value) if isinstance(value, Mapping) else value for key, value in result["evidence"].items()
@@ -241,7 +241,7 @@ def prepare(combination: Combination, number: int, run: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Order:
+class TrainingJob:
     """The settings of one training run."""
 
     name: str
@@ -255,7 +255,7 @@ class Order:
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
-def orders(advised: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Order]:
+def training_jobs(advised: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[TrainingJob]:
     """All runs of the combinations that have an advice, seed by seed."""
     for seed in SEEDS:
         for number, combination in enumerate(COMBINATIONS):
@@ -267,20 +267,20 @@ def orders(advised: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Orde
                 name = f"{combination.name(number)}/{objective}/{seed}"
                 target = str(run / "models" / combination.target)
                 out = str(run / "work" / name.replace("/", "-"))
-                yield Order(name, line["dataset"], target, objective, beta, rate, seed, out)
+                yield TrainingJob(name, line["dataset"], target, objective, beta, rate, seed, out)
 
 
-def train_and_score(order: Order) -> dict[str, Any]:
+def train_and_score(job: TrainingJob) -> dict[str, Any]:
     """Train and answer the held-out tasks. Returns a line. A run that training stops has no right answer."""
     from apo.monitoring.failures import Stopped
     from apo.training.config import TrainConfig
     from apo.training.train import train
     from recipes.experiments.paper_mini.answers import answers, scored
 
-    started, out = time.monotonic(), Path(order.out)
+    started, out = time.monotonic(), Path(job.out)
     shutil.rmtree(out, ignore_errors=True)
     trainer = {
-        "learning_rate": order.learning_rate,
+        "learning_rate": job.learning_rate,
         "num_train_epochs": EPOCHS,
         "per_device_train_batch_size": BATCH,
         "logging_steps": 20,
@@ -289,15 +289,15 @@ def train_and_score(order: Order) -> dict[str, Any]:
     }
     config = TrainConfig.model_validate(
         {
-            "model": order.target,
-            "dataset": order.dataset,
-            "objective": order.objective,
-            "beta": order.beta,
-            "seed": order.seed,
+            "model": job.target,
+            "dataset": job.dataset,
+            "objective": job.objective,
+            "beta": job.beta,
+            "seed": job.seed,
             "probe": 0,
             "eval": False,
             "trainer": trainer,
-            "out": order.out,
+            "out": job.out,
         }
     )
     scores: dict[str, Any] = {"right": "0" * QUESTIONS}
@@ -308,11 +308,11 @@ def train_and_score(order: Order) -> dict[str, Any]:
     except Stopped as stop:
         scores["broke_off"] = str(stop)
     shutil.rmtree(out, ignore_errors=True)
-    plan = {"objective": order.objective, "beta": order.beta, "learning_rate": order.learning_rate, "seed": order.seed}
+    plan = {"objective": job.objective, "beta": job.beta, "learning_rate": job.learning_rate, "seed": job.seed}
     return {**plan, **scores, "seconds": round(time.monotonic() - started, 1)}
 
 
-# ---- the whole
+# ---- the measurement
 
 
 def world() -> str:
@@ -321,16 +321,16 @@ def world() -> str:
     return content_hash([[asdict(c) for c in COMBINATIONS], {k: asdict(v) for k, v in TARGETS.items()}, size])[:16]
 
 
-def counts(line: Mapping[str, Any]) -> bool:
+def is_at_tuned_rate(line: Mapping[str, Any]) -> bool:
     """True if a line is a run at its objective's tuned rate. Earlier runs at the advised rate do not count."""
     return line["kind"] == "run" and line["learning_rate"] == RATES[line["objective"]]
 
 
 def measure(run: Path, file: Path, workers: int, log: Callable[[str], None]) -> None:
-    """Run what is missing, and append each line to `file`."""
+    """Run the missing advice and training runs, and append a line for each to `file`."""
     with lock_output(run), make_pool(workers) as pool:
         for name in TARGETS:
-            log(f"target {name}: {'made' if make(name, run / 'models', 1, TARGETS) else 'there already'}")
+            log(f"target {name}: {'trained' if make(name, run / 'models', 1, TARGETS) else 'exists already'}")
         lines = [line for line in results.read(file) if line["world"] == world()]
         advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
         to_rebuild = {name for name, line in advised.items() if not Path(line["dataset"]).exists()}
@@ -341,9 +341,9 @@ def measure(run: Path, file: Path, workers: int, log: Callable[[str], None]) -> 
                 advised[name] = {"kind": "advice", "world": world(), "name": name, **line, **provenance()}
                 results.append(file, advised[name])
             log(f"{name}: {line['advice']['objective']} ({line['advice']['sure']}), {line['seconds']:.0f} s")
-        done_names = {line["name"] for line in lines if counts(line)}
-        remaining = {order.name: (order,) for order in orders(advised, run) if order.name not in done_names}
-        log(f"{len(done_names)} runs are done, {len(remaining)} are not")
+        done_names = {line["name"] for line in lines if is_at_tuned_rate(line)}
+        remaining = {job.name: (job,) for job in training_jobs(advised, run) if job.name not in done_names}
+        log(f"{len(done_names)} runs are finished, {len(remaining)} are missing")
         for name, line in completed(pool, train_and_score, remaining):
             results.append(file, {"kind": "run", "world": world(), "name": name, **line})
             right = line["right"].count("1") / len(line["right"])
@@ -351,7 +351,7 @@ def measure(run: Path, file: Path, workers: int, log: Callable[[str], None]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the advice; what is done is not done again.")
+    parser = argparse.ArgumentParser(description="Measure the advice; finished runs are not repeated.")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -361,7 +361,7 @@ def main() -> None:
     except UserError as error:
         raise SystemExit(f"advice: {error}") from None
     except KeyboardInterrupt:
-        print("\nadvice: stopped; start it again to go on from here", file=sys.stderr)
+        print("\nadvice: stopped; run the same command to continue", file=sys.stderr)
         raise SystemExit(130) from None
 
 

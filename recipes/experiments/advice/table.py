@@ -26,7 +26,7 @@ from recipes.experiments.advice.measure import (
     RESULTS,
     SEEDS,
     TARGETS,
-    counts,
+    is_at_tuned_rate,
     world,
 )
 from recipes.experiments.paper_mini import results
@@ -64,7 +64,7 @@ class Measured:
 def measured(lines: Sequence[Mapping[str, Any]]) -> list[Measured]:
     """The combinations with at least one complete seed (all objectives have run), in their order."""
     advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
-    runs = {line["name"]: _share(line["right"]) for line in lines if counts(line)}
+    runs = {line["name"]: _share(line["right"]) for line in lines if is_at_tuned_rate(line)}
     result = []
     for number, combination in enumerate(COMBINATIONS):
         name = combination.name(number)
@@ -251,7 +251,7 @@ advice with a judge.
 def _first(lines: Sequence[Mapping[str, Any]]) -> str:
     """A sentence on the earlier runs at the advised learning rate."""
     base = {line["name"]: _share(line["base"]["right"]) for line in lines if line["kind"] == "advice"}
-    tried = [line for line in lines if line["kind"] == "run" and not counts(line)]
+    tried = [line for line in lines if line["kind"] == "run" and not is_at_tuned_rate(line)]
     if not tried:
         return ""
     moved = [abs(_share(line["right"]) - base[line["name"].split("/")[0]]) for line in tried]

@@ -1,4 +1,4 @@
-"""Answers of the mini world's models, greedy or sampled, long enough for padded style; and their scores."""
+"""Answers of the mini world's models, greedy or sampled, and their scores."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Makes tiny models from the quickstart's: same network, other habits.
+"""Train tiny models from the quickstart's: the same network, with other habits.
 
-The quickstart's model can answer right and by the wrong rule and does either by a fair coin. Trained on for a little
-while on answers of a certain mix, it becomes a model that is right in some skills more often than in others and words
-its answers in some way. A folder that was made by the same script is not made again.
+The quickstart's model knows the right answer and the answer by a wrong rule, and gives each half of the time. A short
+fine-tuning on a mix of answers sets how often it is right in each skill, and in which style it answers. A model that
+exists with the same settings is not trained again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from recipes.world.tasks import Task, draw_tasks
 BASE = Path("recipes/world/model")
 RECORD = "made.json"
 SPREAD = {"sums": 0.10, "order": 0.15, "convert": 0.0, "lookup": -0.10, "edit": -0.15}
-"""How much easier or harder a skill is: added to the share of right answers, where there is room for it."""
+"""Added to the share of right answers in each skill; scaled down if that share is near 0 or 1."""
 
 
 @dataclass(frozen=True)
 class Habits:
-    """What a model is trained to say: its share of right answers, and how often it words them how (of `STYLES`)."""
+    """The answers that a model is trained on: the share of right ones, and of each style (in the order of `STYLES`)."""
 
     right: float
     wording: tuple[float, float, float]
@@ -40,7 +40,7 @@ class Habits:
     seed: int
 
     def right_in(self, skill: str) -> float:
-        """The share of right answers in one skill; less spread near 0 and 1."""
+        """The share of right answers in one skill."""
         room = min(self.right, 1 - self.right) / 0.5
         return self.right + SPREAD[skill] * room
 

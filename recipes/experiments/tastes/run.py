@@ -2,7 +2,7 @@
 
     python -m recipes.experiments.tastes.run --out runs/tastes      # a minute on two quiet cores
 
-The commands are those that a user types; `run_experiment` runs them for one seed and returns:
+`run_experiment` runs the commands that a user would type, for one seed, and returns:
 
     plural, tastes, gain     what `apo reward select` recommends, and its gain in nats a comparison
     purity                   the share of users who belong to the majority of their inferred group
@@ -23,7 +23,7 @@ import torch
 from clair.core.errors import EXIT_INTERRUPTED
 from recipes.experiments.paper_mini.answers import answers
 from recipes.experiments.paper_mini.models import Habits, save_atomically, trained
-from recipes.experiments.tastes.users import comparisons, group_of, served, win_rate
+from recipes.experiments.tastes.users import comparisons, group_of, mean_win_rates, win_rate
 from recipes.world.tasks import distinct_tasks
 
 RECIPES = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def settings(**values: object) -> list[str]:
     return [argument for key, value in values.items() for argument in ("--set", f"{key}={value}")]
 
 
-def gate(base: Path, out: Path, seed: int, groups: int) -> dict[str, Any]:
+def select_tastes(base: Path, out: Path, seed: int, groups: int) -> dict[str, Any]:
     """Write the comparisons of users of `groups` groups, and run `apo reward select` on them."""
     out.mkdir(parents=True, exist_ok=True)
     rows = comparisons(USERS, EACH, seed, groups=groups)
@@ -69,7 +69,7 @@ def gate(base: Path, out: Path, seed: int, groups: int) -> dict[str, Any]:
 
 
 def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
-    """Fit `tastes` groups to the comparisons that `gate` wrote, train the policies, and return their win rates."""
+    """Fit `tastes` groups to the comparisons of `select_tastes`, train the policies, and return their win rates."""
     values = settings(dataset=out / "pairs.jsonl", model=base, kind="pal", prototypes=tastes, seed=seed)
     apo("reward", "fit", REWARDS / "fit.yaml", *values, "--out", out / "taste")
     values = settings(dataset=out / "pairs.jsonl", reward=out / "taste")
@@ -88,14 +88,14 @@ def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
     groups = json.loads((out / "taste/reward.json").read_text("utf-8"))["groups"]
     folders = {name: out / "policies" / name.replace(" ", "-") for name in set(groups.values())}
     true = {name: [group_of(user, 2) for user in groups if groups[user] == name] for name in folders}
-    by_group = served(groups, {name: rates(folder) for name, folder in folders.items()}, 2)
+    by_group = mean_win_rates(groups, {name: rates(folder) for name, folder in folders.items()}, 2)
     majority = sum(max(members.count(0), members.count(1)) for members in true.values())
     return {"purity": majority / len(groups), "pooled": rates(out / "pooled"), "by_group": by_group}
 
 
 def run_experiment(base: Path, out: Path, seed: int) -> dict[str, Any]:
     """Run the whole experiment for two groups; see the module's docstring."""
-    result = gate(base, out, seed, groups=2)
+    result = select_tastes(base, out, seed, groups=2)
     return {**result, **policies(base, out, seed, result["tastes"])}
 
 

@@ -50,7 +50,7 @@ def win_rate(answers: Sequence[str], base_answers: Sequence[str], group: int) ->
     return sum((mark > 0) + (mark == 0) / 2 for mark in differences) / len(differences)
 
 
-def served(groups_by_user: Mapping[str, str], rates: Mapping[str, Sequence[float]], groups: int) -> list[float]:
+def mean_win_rates(groups_by_user: Mapping[str, str], rates: Mapping[str, Sequence[float]], groups: int) -> list[float]:
     """For each true group, the mean win rate of its users, each with the policy of the user's inferred group.
 
     `rates` are the win rates of each inferred group's policy, by true group.

@@ -7,7 +7,7 @@ import torch
 
 from apo.losses.objectives import apo_zero
 from recipes.experiments.tastes import run
-from recipes.experiments.tastes.users import comparisons, group_of, liking, served, win_rate
+from recipes.experiments.tastes.users import comparisons, group_of, liking, mean_win_rates, win_rate
 from recipes.world import toy
 from tests.apo.rewards import test_scorers as scorers
 
@@ -54,7 +54,7 @@ def test_e1_pooled_apo_zero_serves_nobody_and_inferred_groups_are_served():
         theta = policy(members.chosen, members.rejected)
         by_group[str(group)] = [wins(theta, ideal) for ideal in ideals]
     of = {f"u{user}": str(int(group)) for user, group in enumerate(groups)}
-    best = served(of, by_group, 2)
+    best = mean_win_rates(of, by_group, 2)
     print(f"pooled {rates}, by group {best}")
     assert sum(rates) / 2 == pytest.approx(0.5, abs=0.01)
     assert max(rates) < 0.7
@@ -70,7 +70,7 @@ def test_win_rates_of_users_by_hand():
     assert win_rate(answers, against, 1) == 2.5 / 4
     # u0, u2 and u4 are of group 0, u1 and u3 of group 1; u4 was put with the others.
     groups = {"u0": "a", "u1": "b", "u2": "a", "u3": "b", "u4": "b"}
-    assert served(groups, {"a": [0.9, 0.1], "b": [0.3, 0.8]}, 2) == [pytest.approx(0.7), 0.8]
+    assert mean_win_rates(groups, {"a": [0.9, 0.1], "b": [0.3, 0.8]}, 2) == [pytest.approx(0.7), 0.8]
 
 
 def test_users_say_what_they_like_but_for_the_noise():
@@ -100,7 +100,7 @@ def base(tmp_path_factory):
 def test_end_to_end_groups_are_inferred_and_served_and_one_taste_stays_one(base, tmp_path, monkeypatch, seed):
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
     result = run.run_experiment(base, tmp_path / "two", seed)
-    alone = run.gate(base, tmp_path / "one", seed, groups=1)
+    alone = run.select_tastes(base, tmp_path / "one", seed, groups=1)
     print(result, alone)
     assert (result["plural"], result["tastes"], result["purity"]) == (True, 2, 1.0)
     assert sum(result["pooled"]) == pytest.approx(1.0)
