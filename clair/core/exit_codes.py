@@ -30,14 +30,12 @@ def run(application: Callable[[], None]) -> None:
     """Run a typer application. A UserError becomes one line on stderr and its exit code; Ctrl-C exits with 130."""
     try:
         application()
-    except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if (message := system_error_message(error)) is None:
+    except (UserError, OSError) as error:
+        message = system_error_message(error) if isinstance(error, OSError) else str(error)
+        if message is None:
             raise
         print(f"error: {printable(message)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code if isinstance(error, UserError) else EXIT_USER_ERROR)
 
 
 def system_error_message(error: OSError) -> str | None:

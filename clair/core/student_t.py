@@ -14,7 +14,7 @@ def t_quantile(p: float, df: float) -> float:
         raise ValueError(f"t_quantile needs 0 < p < 1 and df >= 1, got p={p}, df={df}")
     if p <= 0.5:
         return -t_quantile(1 - p, df) if p < 0.5 else 0.0
-    return _bisect(lambda t: 1 - t_two_sided(t, df) / 2, p, 1e-12)
+    return _bisect(lambda t: t_cdf(t, df), p, 1e-12)
 
 
 def _bisect(function: Callable[[float], float], value: float, tolerance: float) -> float:
@@ -26,6 +26,11 @@ def _bisect(function: Callable[[float], float], value: float, tolerance: float) 
         middle = (lo + hi) / 2
         lo, hi = (middle, hi) if function(middle) < value else (lo, middle)
     return (lo + hi) / 2
+
+
+def t_cdf(t: float, df: float) -> float:
+    """Distribution function of Student's t."""
+    return t_two_sided(t, df) / 2 if t < 0 else 1 - t_two_sided(t, df) / 2
 
 
 def t_two_sided(t: float, df: float) -> float:

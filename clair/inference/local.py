@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from clair.core.errors import UserError, near_miss, one_line
+from clair.core.errors import check_name, one_line
 from clair.core.files import content_hash
 from clair.data.records import message_text
 from clair.inference.generation.running_batch import (
@@ -40,11 +40,7 @@ _GATHER_SECONDS = 0.005  # time for requests to arrive before a batch is formed
 def check_options(options: Mapping[str, Any], role: str = "target") -> None:
     """Check that a local model supports all options of a request. Raises UserError naming the first other one."""
     for key in options:
-        if key not in _OPTIONS:
-            raise UserError(
-                f"{role}: a local model does not understand the option {key!r}{near_miss(key, _OPTIONS)}; allowed: "
-                f"{', '.join(_OPTIONS[1:])}"
-            )
+        check_name(f"{role}: a local model does not understand the option", key, _OPTIONS)
 
 
 @dataclass(eq=False, slots=True)
