@@ -169,8 +169,7 @@ class Ledger(AbstractContextManager["Ledger"]):
     def paid(self, role: str, prompt_id: str) -> Tokens:
         """The usage of a role's answered calls for one prompt."""
         query = "SELECT total(prompt_tokens), total(completion_tokens) FROM calls WHERE role = ? AND row = ?"
-        ((prompt, completion),) = self.read(query, role, prompt_id)
-        return Tokens(int(prompt), int(completion))
+        return Tokens(*map(int, self.read(query, role, prompt_id)[0]))
 
     def seconds(self, role: str, prompt_id: str) -> list[float]:
         """The duration of each answered call of a role for one prompt, from sending it to the end of its reply."""

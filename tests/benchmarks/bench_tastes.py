@@ -24,7 +24,7 @@ def measure() -> dict[str, Any]:
     """The results of the recipe for each seed, and their least, mean and greatest over the seeds."""
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from recipes.experiments.tastes.run import EACH, HELDOUT, USERS, gate, make_base, policies
+    from recipes.experiments.tastes.run import EACH, HELDOUT, USERS, make_base, policies, select_tastes
 
     two: list[dict[str, Any]] = []
     single: list[dict[str, Any]] = []
@@ -35,8 +35,8 @@ def measure() -> dict[str, Any]:
         make_base(base)
         try:
             for seed in seeds:
-                _add(two, gate(base, Path(folder) / f"two-{seed}", seed, groups=2))
-                _add(single, gate(base, Path(folder) / f"one-{seed}", seed, groups=1))
+                _add(two, select_tastes(base, Path(folder) / f"two-{seed}", seed, groups=2))
+                _add(single, select_tastes(base, Path(folder) / f"one-{seed}", seed, groups=1))
             for seed, result in zip(seeds, two, strict=True):
                 _add(served, policies(base, Path(folder) / f"two-{seed}", seed, result["tastes"]))
         except KeyboardInterrupt:
