@@ -11,7 +11,8 @@ from apo.evaluation.answers import Answer
 from apo.evaluation.config import EvaluationConfig, check_result_folder
 from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts, load, load_judge_prompts
 from apo.evaluation.mixeval.judging import with_profile
-from apo.evaluation.results import Item, Profile, Score, read_results
+from apo.evaluation.records.mixeval import MixEvalItem, MixEvalScore, Profile
+from apo.evaluation.results import read_results
 from clair.core.errors import UserError
 from clair.inference.config import ModelConfig
 from clair.inference.open import check_models
@@ -65,9 +66,9 @@ def load_inputs(config: StabilityConfig) -> StabilityInputs:
     check_result_folder(config, RESULT)
     check_models(config.models, config.budget, config.seed)
     results = {side: read_results(getattr(config, side)) for side in SIDES}
-    scores: dict[str, Score] = {}
+    scores: dict[str, MixEvalScore] = {}
     for side, result in results.items():
-        if not isinstance(result.score, Score):
+        if not isinstance(result.score, MixEvalScore):
             raise UserError(f"{side}: {result.folder} is of {result.score.benchmark}, not of MixEval; give MixEval's")
         scores[side] = result.score
     base, tuned = scores.values()
@@ -79,7 +80,7 @@ def load_inputs(config: StabilityConfig) -> StabilityInputs:
         raise UserError(f"data {config.data} is not the data that {config.base} was evaluated on; give that folder")
     rows = {(row.split, row.row): row for row in benchmark.all_rows if config.limit is None or row.row < config.limit}
     items = {
-        side: {item.key: item for item in result.items if isinstance(item, Item) and item.key[:2] in rows}
+        side: {item.key: item for item in result.items if isinstance(item, MixEvalItem) and item.key[:2] in rows}
         for side, result in results.items()
     }
     shared = [key for key in items["base"] if all(_is_answered(items[side].get(key)) for side in SIDES)]
@@ -92,5 +93,5 @@ def load_inputs(config: StabilityConfig) -> StabilityInputs:
     return StabilityInputs(answers, load_judge_prompts(config.data), names, len(items["base"]) - len(shared))
 
 
-def _is_answered(item: Item | None) -> bool:
+def _is_answered(item: MixEvalItem | None) -> bool:
     return item is not None and not (item.unresolved or "").startswith("answer_")

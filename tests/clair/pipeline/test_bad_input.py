@@ -100,7 +100,7 @@ WRONG_RECIPES: list[tuple[Mapping[str, Any], str]] = [
     ({"prompts": None}, "the key 'prompts' is missing"),
     ({"out": None}, "the key 'out' is missing"),
     ({"out": ""}, "out: String should have at least 1 character"),
-    ({"pipeline": "revise"}, "pipeline: Input should be 'revised', 'judged' or 'stronger', found 'revise'"),
+    ({"pipeline": "revise"}, "pipeline: Input should be 'revised', 'judged', 'stronger' or 'delta', found 'revise'"),
     ({"judge": {**M, "url": "http://x"}}, "judge is not used by the pipeline 'revised'; remove it"),
     ({"concurrency": 0}, "concurrency: .*greater than or equal to 1, found 0"),
     ({"attempts": 0}, "attempts: .*greater than or equal to 1, found 0"),
