@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,5 +46,11 @@ def expand_runs(config: TrainConfig, log: Callable[[str], None] = lambda _: None
 
 
 def value_folder(value: str | int | bool) -> str:
-    """A value as a folder name: `-` for all but letters, digits, `_`, `.` and `-`; never hidden, never a parent."""
-    return re.sub(r"[^\w.-]+", "-", str(value)).strip(".-")[:_MAX_NAME] or "-"
+    """A value as a folder name: `-` for all but letters, digits, `_`, `.` and `-`; never hidden, never a parent.
+
+    A long value is cut, and ends with eight digits of its hash: two paths often differ at their ends alone.
+    """
+    name = re.sub(r"[^\w.-]+", "-", str(value)).strip(".-")
+    if len(name) > _MAX_NAME:
+        name = f"{name[: _MAX_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name or "-"

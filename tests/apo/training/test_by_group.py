@@ -165,3 +165,8 @@ def test_where_selects_rows_by_value_and_type_and_lists_the_values(tmp_path):
 )
 def test_a_value_is_a_folder_inside_out(value, name):
     assert value_folder(value) == name
+
+
+def test_long_values_that_differ_at_the_end_have_folders_of_their_own():
+    names = {value_folder(f"{'/long' * 20}/{end}") for end in ("pairs", "other")}
+    assert [len(name) for name in names] == [80, 80]
