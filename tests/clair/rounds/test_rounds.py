@@ -133,7 +133,13 @@ def test_a_finished_run_does_nothing_again_and_more_rounds_go_on(tmp_path):
     assert rounds_of(tmp_path)["ended"] == "all 3 rounds are done"
 
 
-@pytest.mark.parametrize("name", ["1 pairs", "1 model", "1 winrate", "2 pairs", "2 model", "2 winrate"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1 pairs",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("1 model", "1 winrate", "2 pairs", "2 model", "2 winrate")),
+    ],
+)
 def test_after_kill_9_in_a_phase_only_that_phase_runs_again(tmp_path, name):
     recipe = write_recipes(tmp_path)
     process = start_with_stand_in(tmp_path, recipe, seconds=1.5)
