@@ -339,13 +339,12 @@ def choose_passes(
     checkpointed job computes each layer twice, which costs more than shorter passes do. If no job fits, the last one,
     which needs the least, is returned.
     """
-    jobs = (
-        build(on, limit) for on in ((False, True) if checkpointing is None else (checkpointing,)) for limit in limits
-    )
-    for job in jobs:
+    choices = [(on, limit) for on in ((False, True) if checkpointing is None else (checkpointing,)) for limit in limits]
+    for choice in choices:
+        job = build(*choice)
         if required_memory(job, device) <= (1 - SPARE) * device.memory:
-            break
-    return job
+            return job
+    return build(*choices[-1])
 
 
 def describe_passes(job: Job) -> str:

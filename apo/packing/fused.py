@@ -39,7 +39,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator
         x, weight, inverse = ctx.saved_tensors
         flat, grad = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, grad_outputs[0]))
         grad_x, grad_weight = torch.empty_like(flat), torch.zeros_like(weight)
@@ -63,7 +63,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator
         gate, up, grad = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (*ctx.saved_tensors, grad_outputs[0]))
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         aten = torch.ops.aten

@@ -146,7 +146,8 @@ class APOConfig(DPOConfig):
         requested = getattr(self, "activation_checkpointing", None)
         requested = self.gradient_checkpointing if requested is None else requested
         requested = not self.use_cpu if requested is None else requested
-        self.activation_checkpointing = self.gradient_checkpointing = requested
+        self.activation_checkpointing = requested
+        self.gradient_checkpointing = requested  # pyright: ignore[reportIncompatibleVariableOverride]  # as above
         options = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
         self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = options
 

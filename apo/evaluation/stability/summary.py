@@ -35,11 +35,14 @@ def disagreement(first: Scores, second: Scores, clusters: Sequence[str]) -> dict
     """The probability that judgements of two judges differ in whether an answer is right, and the second's mean score
     minus the first's."""
     flips = [fmean(_flips(a, b) for a, b in product(*row)) for row in zip(first, second, strict=True)]
-    means = [[fmean(row) for row in scores] for scores in (first, second)]
     return {
         "flips": mean_with_interval(flips, clusters, clustered_score),
-        "score_difference": mean_difference(*means, clusters),
+        "score_difference": mean_difference(_means(first), _means(second), clusters),
     }
+
+
+def _means(scores: Scores) -> list[float]:
+    return [fmean(row) for row in scores]
 
 
 def _flips(first: float, second: float) -> float:
@@ -63,7 +66,7 @@ def difference(base: Scores, tuned: Scores, clusters: Sequence[str]) -> dict[str
     result: dict[str, Any] = {"mean": fmean(by_repeat), "by_repeat": by_repeat, "judge_se": math.sqrt(noise)}
     if len(sums) < 2:
         return {**result, "half_width": None, "widening": None}
-    estimate = clustered_mean([fmean(row) for row in differences], clusters)
+    estimate = clustered_mean(_means(differences), clusters)
     quantile = (estimate.hi - estimate.mean) / estimate.se if estimate.se else 0.0
     steady = max(0.0, estimate.se**2 - noise / repeats)
     variances = {"one": steady + noise, "all": estimate.se**2, "steady": steady}
@@ -91,12 +94,16 @@ def summarize(
     result: dict[str, Any] = {"judges": {}, "between": None}
     for judge, sides in scores.items():
         flips = {name: flip_rate(both(judge, rows), clusters_of(rows)) for name, rows in sections.items()}
-        result["judges"][judge] = {"flips": flips, "difference": difference(*sides.values(), clusters)}
+        base, tuned = sides.values()
+        result["judges"][judge] = {"flips": flips, "difference": difference(base, tuned, clusters)}
     if len(scores) > 1:
+        first, second = scores
         between = {
-            name: disagreement(*(both(judge, rows) for judge in scores), clusters_of(rows))
+            name: disagreement(both(first, rows), both(second, rows), clusters_of(rows))
             for name, rows in sections.items()
         }
-        deltas = [[fmean(t) - fmean(b) for b, t in zip(*sides.values(), strict=True)] for sides in scores.values()]
-        result["between"] = {**between, "difference_change": mean_difference(*deltas, clusters)}
+        before, after = (
+            [fmean(t) - fmean(b) for b, t in zip(*sides.values(), strict=True)] for sides in scores.values()
+        )
+        result["between"] = {**between, "difference_change": mean_difference(before, after, clusters)}
     return result
