@@ -121,7 +121,7 @@ def build(
         crash_policy: the rows that killed the process before.
         patience: seconds to wait for a folder that another process is using.
 
-    Raises UserError for the user's mistakes (docs/data.md lists them) before any work, and for a refusing endpoint.
+    Raises UserError for the user's mistakes (docs/filters.md lists them) before any work, and for a refusing endpoint.
     """
     recipe = config
     if shard:
