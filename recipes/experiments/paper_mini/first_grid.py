@@ -110,31 +110,32 @@ def page(world: Mapping[str, Any], cells: Runs) -> str:
     base = world["base"]["right"]
     return f"""# The first grid
 
-The first grid of 2026-11-22: four data sets, five objectives and four seeds; the learning rate of each cell (data set and
-objective) was tuned. Before training the model answers {base.count("1") / len(base):.1%} of {len(base)} questions right. The figures
-were computed correctly, but **four of the eight claims could not have come out otherwise in this world**. [Designs that set the
-regime](log/2026-11-29-evidence.md) replace it. Its results stay in `{FILE}`, and
-`python -m recipes.experiments.paper_mini.first_grid --write` makes this page from them.
+The first grid of 2026-11-22: four data sets, five objectives and four seeds; the learning rate of each cell (data
+set and objective) was tuned. Before training the model answers {base.count("1") / len(base):.1%} of {len(base)}
+questions right. The figures were computed correctly, but **four of the eight claims could not have come out
+otherwise in this world**. [Designs that set the regime](log/2026-11-29-evidence.md) replace it. Its results stay in
+`{FILE}`, and `python -m recipes.experiments.paper_mini.first_grid --write` makes this page from them.
 
 What is wrong with it:
 
 - The target was a noisy model: by its own log-prob, its samples had -12.1 nats, CLAIR's winners -26.7, the stronger
-  model's answers -7.9. Half of the CLAIR pairs differed in nothing that the metric counts, only in a new opening, which
-  shifts every later token.
-- DPO's small gain on CLAIR comes from this world. On the quickstart's model with 200 clean pairs DPO and APO-zero both
-  rise from 51.5 to 87 % at a rate of 5e-5. Tuning scored only the last checkpoint, and tuned beta after the rate.
-- Off-policy winners were right in 83 % and the target in 50 %. APO-down is meant for the opposite case, a target that is
-  better than the winners.
-- Each objective had a learning rate of its own. Tuning made APO-down's so small that APO-down could not harm. KTO's loss
-  is half of APO-zero's if its KL is 0, and Adam's steps do not depend on such a factor. The stronger model's answers had no
-  spurious differences, so missing contrast could not hurt.
-- APO against SFT, a claim of the abstract, was not tested. SFT is the best, or cannot be distinguished from the best, on
-  all four data sets.
+  model's answers -7.9. Half of the CLAIR pairs differed in nothing that the metric counts, only in a new opening,
+  which shifts every later token.
+- DPO's small gain on CLAIR comes from this world. On the quickstart's model with 200 clean pairs DPO and APO-zero
+  both rise from 51.5 to 87 % at a rate of 5e-5. Tuning scored only the last checkpoint, and tuned beta after the
+  rate.
+- Off-policy winners were right in 83 % and the target in 50 %. APO-down is meant for the opposite case, a target
+  that is better than the winners.
+- Each objective had a learning rate of its own. Tuning made APO-down's so small that APO-down could not harm. KTO's
+  loss is half of APO-zero's if its KL is 0, and Adam's steps do not depend on such a factor. The stronger model's
+  answers had no spurious differences, so missing contrast could not hurt.
+- APO against SFT, a claim of the abstract, was not tested. SFT is the best, or cannot be distinguished from the
+  best, on all four data sets.
 - Seeds changed only the order of the pairs: target, prompts, samples, judge and tuning were drawn once.
 - The grid was described as fixed in advance, but ten probe runs preceded it.
-- Its intervals counted the variance of questions and seeds twice, and those of likelihoods treated seeds with the same
-  pairs as independent, up to 73 times too narrow. Accuracies of 100 % had no interval. **Below they are corrected**:
-  gains are clustered by seed and by phrasing, likelihoods by pair, and 100 % has an exact interval.
+- Its intervals counted the variance of questions and seeds twice, and those of likelihoods treated seeds with the
+  same pairs as independent, up to 73 times too narrow. Accuracies of 100 % had no interval. **Below they are
+  corrected**: gains are clustered by seed and by phrasing, likelihoods by pair, and 100 % has an exact interval.
 
 ## Comparisons
 
