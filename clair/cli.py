@@ -340,7 +340,7 @@ def iterate(
         Path | None, typer.Option(callback=local, help="The folder of the rounds, instead of the recipe's out.")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan and the calls at most.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print commands and maximum calls.")] = False,
 ) -> None:
     """Run rounds of build, train and evaluate, each on the model of the round before. Run it again to go on."""
     from clair.core.console import show as print_
