@@ -33,7 +33,7 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 TRL_TILE, TRL_SLOPE = (4096, 32_768), 29
 """Positions and vocabulary of a tile of TRL 1.16's head, and the bytes of a logit's gradient on a CPU: seven
 float32 numbers and a flag."""
-HOLES = 2
+HOLES = 4
 """MEASURED, not derived: memory that fragmentation of glibc's allocator wastes on a CPU, in activations of layers
 (test_memory.py)."""
 ADAPTER_HOLES = (4, 0.8)

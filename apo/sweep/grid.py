@@ -106,7 +106,7 @@ def expand_grid(
     labels = last_parts if len(set(last_parts)) == len(grid) else list(grid)
     runs: dict[str, SweepRun] = {}
     for combination in product(*grid.values()):
-        texts = (value if isinstance(value, str) else json.dumps(value) for value in combination)
+        texts = (value if isinstance(value, str) else json.dumps(value).replace("e+", "e") for value in combination)
         name = "_".join(value_folder(f"{label}-{text}") for label, text in zip(labels, texts, strict=True))
         run = SweepRun(name, dict(zip(grid, combination, strict=True)), base)
         if (other := runs.setdefault(name.casefold(), run)) is not run:

@@ -96,7 +96,10 @@ class Rounds:
     def _build(self, number: int) -> Phase:
         out = self.folder(number) / "pairs"
         limits = [word for key, value in changeable(self.recipes.build).items() for word in override(key, value)]
-        command = (*CLAIR, "build", self.build_recipe(number), "--out", str(out), *(limits if number > 1 else ()))
+        # One ledger for all rounds: a reviser is not paid again for an answer that training has not changed.
+        ledger = override("ledger", str(self.recipes.build.ledger or Path(self.config.out) / "pairs.sqlite"))
+        limits = limits if number > 1 else []
+        command = (*CLAIR, "build", self.build_recipe(number), "--out", str(out), *ledger, *limits)
         return Phase(number, "build", command, out, out / "manifest.json", allowed=(0, 3))
 
     def _train(self, number: int, pairs: Path | None = None) -> Phase:

@@ -324,7 +324,7 @@ def test_real_rounds_killed_in_every_phase_pay_and_train_nothing_twice(tmp_path,
     signs = [
         f"round-{number}/{name}"
         for number in (1, 2)
-        for name in ("pairs/ledger.sqlite", "model/checkpoint-2", "winrate/settings.json")
+        for name in ("pairs", "model/checkpoint-2", "winrate/settings.json")
     ]
     for sign in signs:
         process = start_clair("iterate", recipe)
