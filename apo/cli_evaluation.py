@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from apo.cli_recipe import EXTRA_ARGUMENTS, DryRun, Out, Overrides, RecipeFile, read_recipe
-from apo.console import end_early, print_line
+from apo.console import end_without_result, print_line
 from clair.core.errors import EXIT_SOME_FAILED, UserError
 from clair.storage.location import local
 
@@ -53,7 +53,7 @@ def mixeval(
     dry_run: DryRun = False,
 ) -> None:
     """Score models on MixEval-Hard. Run it again to continue a stopped run; no reply is paid for twice."""
-    from apo.evaluation.mixeval.cli import print_settings, run_several, run_single
+    from apo.evaluation.mixeval.cli import print_plan, run_several, run_single
     from apo.evaluation.mixeval.config import MixEvalConfig, load_inputs
 
     models = model or []
@@ -71,7 +71,7 @@ def mixeval(
     for note in inputs.benchmark.notes:
         print_line(f"note: {note}")
     if dry_run:
-        print_settings(config, inputs)
+        print_plan(config, inputs)
     elif estimate or probe:
         from apo.evaluation.mixeval.estimate import MIN_PROBE
         from apo.evaluation.mixeval.estimate import estimate as estimated
@@ -136,9 +136,7 @@ def winrate(
     dry_run: DryRun = False,
 ) -> None:
     """Measure which of two models a judge prefers, in both orders; raw and at equal lengths, with intervals."""
-    import yaml
-
-    from apo.evaluation.config import redacted
+    from apo.evaluation.config import print_settings
     from apo.evaluation.tables import winrate_table
     from apo.evaluation.winrate.run import WinrateConfig, load_inputs, measure_win_rate
     from clair.core.console import show as print_
@@ -148,17 +146,13 @@ def winrate(
     inputs = load_inputs(config)
     total = len(inputs.prompts) * config.samples
     if dry_run:
-        print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+        print_settings(config)
         print(f"# {len(inputs.prompts):,} prompts, {total:,} pairs of answers, at most {2 * total:,} verdicts")
         return
     calls = {role: total * (2 if role == "judge" else 1) for role in config.models}
     with client_progress("evaluating", total, calls, closing=True) as on_progress:
         outcome = measure_win_rate(config, inputs=inputs, on_progress=on_progress)
-    failed = (
-        f"{outcome.failed} pairs got no reply ({outcome.first_failure}), so there is no win rate; everything else is "
-        f"kept, run the same command again"
-    )
-    end_early(outcome.stopped, failed if outcome.result is None else None)
+    end_without_result(outcome, outcome.result, "pairs", "win rate")
     assert outcome.result is not None, "an outcome without a result ends the command"
     print_(winrate_table(outcome.result))
     if outcome.result["distrust"]:
@@ -180,9 +174,7 @@ def judge_stability(
     dry_run: DryRun = False,
 ) -> None:
     """Measure how often a judge of MixEval changes its verdict, and what that does to a difference of two models."""
-    import yaml
-
-    from apo.evaluation.config import redacted
+    from apo.evaluation.config import print_settings
     from apo.evaluation.stability.config import StabilityConfig, load_inputs
     from apo.evaluation.stability.run import measure_stability, work_items
     from apo.evaluation.tables import stability_notes, stability_table
@@ -193,17 +185,13 @@ def judge_stability(
     inputs = load_inputs(config)
     total = len(work_items(config, inputs))
     if dry_run:
-        print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+        print_settings(config)
         print(f"# {len(inputs.answers['base']):,} rows, {total:,} judgements; equal requests share one")
         return
     calls = dict.fromkeys(config.models, total // len(config.models))
     with client_progress("judging", total, calls, closing=True) as on_progress:
         outcome = measure_stability(config, inputs=inputs, on_progress=on_progress)
-    failed = (
-        f"{outcome.failed} judgements got no reply ({outcome.first_failure}), so there is no result; everything else "
-        f"is kept, run the same command again"
-    )
-    end_early(outcome.stopped, failed if outcome.result is None else None)
+    end_without_result(outcome, outcome.result, "judgements", "result")
     assert outcome.result is not None, "an outcome without a result ends the command"
     print_(stability_table(outcome.result))
     for note in stability_notes(outcome.result):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from clair.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED
 from clair.core.progress import print_line, progress
@@ -18,6 +19,15 @@ def end_early(stopped: str | None, failed: str | None) -> None:
     if failed:
         print_line(failed)
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def end_without_result(outcome: Any, result: object, rows: str, missing: str) -> None:
+    """Exit with a message if an evaluation was stopped, or has no result, since `rows` got no reply; else return."""
+    failed = (
+        f"{outcome.failed} {rows} got no reply ({outcome.first_failure}), so there is no {missing}; everything else is "
+        f"kept, run the same command again"
+    )
+    end_early(outcome.stopped, failed if result is None else None)
 
 
 def quieten() -> None:

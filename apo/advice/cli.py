@@ -46,12 +46,10 @@ def advise(
 
 
 def _print_plan(config: Any, inputs: Any) -> None:
-    import yaml
-
     from apo.advice.judge_evidence import MAX_PLANTS
-    from apo.evaluation.config import redacted
+    from apo.evaluation.config import print_settings
 
-    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    print_settings(config)
     rows, plants = len(inputs.rows), min(MAX_PLANTS, len(inputs.rows))
     print(f"# {rows:,} of {inputs.prompts:,} prompts, {inputs.pairs:,} pairs; {rows:,} answers of the model")
     if config.judge:

@@ -191,3 +191,10 @@ def mark_resumable(error: Exception, clients: Mapping[str, ModelClient]) -> None
     replies = any(client.tally.calls or client.tally.reused for client in clients.values())
     if isinstance(error, LimitReached | PaymentRequired) or (isinstance(error, Refused) and replies):
         error.exit_code = EXIT_SOME_FAILED
+
+
+def print_settings(config: Any) -> None:
+    """Print the settings of an evaluation as YAML without their secrets, for a dry run."""
+    import yaml
+
+    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")

@@ -183,7 +183,7 @@ def check(rounds: Rounds) -> dict[str, list[str]]:
                 if done.returncode:
                     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
                     problem = errors[-1].removeprefix("error: ") if errors else done.stderr[-2000:]
-                    recipe = {"train": rounds.config.train}.get(phase.name, rounds.config.evaluate.recipe)
+                    recipe = rounds.config.train if phase.name == "train" else rounds.config.evaluate.recipe
                     raise UserError(f"{recipe}: {problem}")
                 notes[phase.name] = [line for line in done.stdout.splitlines() if line.startswith("# ")]
     return notes

@@ -14,9 +14,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from clair.core.errors import UserError
 from recipes.world.server import ServerOptions
 
 ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def ending_in_one_line(name: str, again: str = "run the same command to continue") -> Iterator[None]:
+    """Exit with one line at a UserError or at Ctrl-C, as the command `name`; `again` says how to go on."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"{name}: {error}") from None
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; {again}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 @dataclass(frozen=True)

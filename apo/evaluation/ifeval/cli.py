@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import typer
 
-from apo.console import end_early, print_line
+from apo.console import end_without_result, print_line
 from apo.evaluation.checkpoints import configs_by_model
-from apo.evaluation.config import redacted
+from apo.evaluation.config import print_settings
 from apo.evaluation.ifeval.config import IFEvalConfig, IFEvalInputs, load_inputs
 from apo.evaluation.ifeval.run import evaluate, work_items
 from apo.evaluation.results import read_results
@@ -25,7 +25,7 @@ def run(config: IFEvalConfig, folders: Sequence[str], *, dry_run: bool) -> None:
     if dry_run:
         for number, item in enumerate(work):
             print("---\n" * bool(number), end="")
-            _print_settings(*item)
+            _print_plan(*item)
         return
     refused = [_run_single(*item) for item in work]
     if len(work) > 1:
@@ -39,11 +39,7 @@ def _run_single(config: IFEvalConfig, inputs: IFEvalInputs) -> bool:
     total = len(work_items(config, inputs))
     with client_progress("evaluating", total, dict.fromkeys(config.models, total), closing=True) as on_progress:
         outcome = evaluate(config, inputs=inputs, on_progress=on_progress)
-    failed = (
-        f"{outcome.failed} prompts got no reply ({outcome.first_failure}), so there is no score; everything else is "
-        f"kept, run the same command again"
-    )
-    end_early(outcome.stopped, failed if outcome.score is None else None)
+    end_without_result(outcome, outcome.score, "prompts", "score")
     assert outcome.score is not None, "an outcome without a score ends the command"
     print_(score_table(read_results(config.out)))
     score = outcome.score
@@ -59,9 +55,7 @@ def _run_single(config: IFEvalConfig, inputs: IFEvalInputs) -> bool:
     return bool(score.unanswered)
 
 
-def _print_settings(config: IFEvalConfig, inputs: IFEvalInputs) -> None:
-    import yaml
-
-    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+def _print_plan(config: IFEvalConfig, inputs: IFEvalInputs) -> None:
+    print_settings(config)
     instructions = sum(len(row.instructions) for row in inputs.rows)
     print(f"# {len(inputs.rows):,} prompts, {instructions:,} instructions, {len(work_items(config, inputs)):,} answers")

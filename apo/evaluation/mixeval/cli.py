@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import typer
 
-from apo.console import end_early, print_line
+from apo.console import end_without_result, print_line
 from apo.evaluation.checkpoints import configs_by_model
-from apo.evaluation.config import redacted
+from apo.evaluation.config import print_settings
 from apo.evaluation.mixeval.checkpoints import evaluate_each
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
 from apo.evaluation.mixeval.run import MixEvalOutcome, evaluate, work_items
@@ -24,7 +24,7 @@ def run_single(config: MixEvalConfig, inputs: MixEvalInputs) -> None:
     total = len(work_items(config, inputs))
     with client_progress("evaluating", total, dict.fromkeys(config.models, total), closing=True) as on_progress:
         outcome = evaluate(config, inputs=inputs, on_progress=on_progress)
-    _end_early(outcome)
+    end_without_result(outcome, outcome.score, "items", "score")
     _print_score(config, outcome)
     _end_unanswered([outcome])
 
@@ -39,7 +39,7 @@ def run_several(
     if dry_run:
         for number, model_config in enumerate(work):
             print("---\n" * bool(number), end="")
-            print_settings(*model_config)
+            print_plan(*model_config)
         return
     rows: dict[str, int] = {model_config.out: len(work_items(model_config, inputs)) for model_config, inputs in work}
     finished: dict[str, MixEvalOutcome] = {}
@@ -52,7 +52,7 @@ def run_several(
             on_progress=lambda outcome, clients: bar(sum(rows[out] for out in finished) + outcome, clients),
         )
         for model_config, outcome in evaluations:
-            _end_early(outcome)
+            end_without_result(outcome, outcome.score, "items", "score")
             finished[model_config.out] = outcome
     for model_config, _ in work:
         _print_score(model_config, finished[model_config.out])
@@ -61,22 +61,12 @@ def run_several(
         print_(f"are they better than the first? apo compare {' '.join(rows)}")
 
 
-def print_settings(config: MixEvalConfig, inputs: MixEvalInputs) -> None:
+def print_plan(config: MixEvalConfig, inputs: MixEvalInputs) -> None:
     """Print the settings and the size of the evaluation, for a dry run."""
-    import yaml
-
-    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    print_settings(config)
     rows = inputs.benchmark.all_rows
     questions = len({row.question for row in rows})
     print(f"# {len(rows):,} rows, {questions:,} different questions, {len(work_items(config, inputs)):,} answers")
-
-
-def _end_early(outcome: MixEvalOutcome) -> None:
-    failed = (
-        f"{outcome.failed} items got no reply ({outcome.first_failure}), so there is no score; everything else is "
-        f"kept, run the same command again"
-    )
-    end_early(outcome.stopped, failed if outcome.score is None else None)
 
 
 def _end_unanswered(evaluated: Sequence[MixEvalOutcome]) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from clair.core.errors import UserError
 from clair.core.files import content_hash
 from clair.core.provenance import provenance
 from clair.core.recipe import resolve
@@ -33,7 +31,7 @@ from recipes.experiments.paper_mini import results
 from recipes.experiments.paper_mini.models import Habits, make
 from recipes.experiments.paper_mini.workers import ENVIRONMENT, completed, make_pool
 from recipes.world.judge import Leanings
-from recipes.world.running import ROOT, running
+from recipes.world.running import ROOT, ending_in_one_line, running
 from recipes.world.server import ServerOptions
 from recipes.world.style import STYLES, add_style
 from recipes.world.tasks import Task, distinct_tasks
@@ -356,13 +354,8 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ |= ENVIRONMENT
-    try:
+    with ending_in_one_line("advice"):
         measure(RUN, RESULTS, args.workers, lambda text: print(text, flush=True))
-    except UserError as error:
-        raise SystemExit(f"advice: {error}") from None
-    except KeyboardInterrupt:
-        print("\nadvice: stopped; run the same command to continue", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -48,7 +47,7 @@ from recipes.experiments.paper_mini.worlds import (
     questions,
     world_of,
 )
-from recipes.world.running import ROOT
+from recipes.world.running import ROOT, ending_in_one_line
 from recipes.world.tasks import is_right
 
 RUN, SMALL_RUN = Path("runs/evidence"), Path("runs/evidence-small")
@@ -256,7 +255,7 @@ def main() -> None:
     os.environ |= ENVIRONMENT
     names = get_args(Name)
     folder = args.run or (SMALL_RUN if args.small else RUN)
-    try:
+    with ending_in_one_line("paper-mini"):
         if unknown := [name for name in args.designs if name not in names]:
             raise UserError(f"{', '.join(unknown)}: no such design; one of: {', '.join(names)}")
         if args.collect:
@@ -269,11 +268,6 @@ def main() -> None:
         run_designs(
             args.designs or names, design, folder, args.workers, committed=committed, log=lambda t: print(t, flush=True)
         )
-    except UserError as error:
-        raise SystemExit(f"paper-mini: {error}") from None
-    except KeyboardInterrupt:
-        print("\npaper-mini: stopped; run the same command to continue", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

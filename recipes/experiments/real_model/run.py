@@ -40,7 +40,7 @@ from recipes.experiments.real_model.model import default_folder
 from recipes.experiments.real_model.prompts import COUNTS, SMALL_COUNTS, PromptFiles, write_prompts
 from recipes.experiments.real_model.server import program_id
 from recipes.world.quickstart import SOME_ROWS_FAILED
-from recipes.world.running import ROOT, running_module
+from recipes.world.running import ROOT, ending_in_one_line, running_module
 
 RECIPES = Path("recipes/experiments/real_model")
 BASE = "base"
@@ -256,16 +256,11 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
     cells = (PRIMARY,) if args.primary or args.small else CELLS
-    try:
+    with ending_in_one_line("real", again="start it again to go on from here"):
         check_inputs(model, data)
         out.mkdir(parents=True, exist_ok=True)
         with lock_output(out):
             Experiment(out, model, data, SMALL if args.small else WHOLE).whole(cells)
-    except UserError as error:
-        raise SystemExit(f"real: {error}") from None
-    except KeyboardInterrupt:
-        print("\nreal: stopped; start it again to go on from here", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
