@@ -12,7 +12,7 @@ from apo.cli_recipe import Out, Overrides, RecipeFile, read_recipe
 from clair.core.errors import UserError
 
 if TYPE_CHECKING:
-    from apo.analysis.distinguishability import Report
+    from apo.analysis.distinguishability import Distinguishability
     from apo.guarantees.calibrate import Filter
     from apo.guarantees.config import GuaranteeConfig
 
@@ -98,7 +98,7 @@ def certify(context: typer.Context, recipe: RecipeFile = None, set_: Overrides =
     _write_decisions(undecided, config, manifest)
 
 
-def _cluster_table(report: Report) -> Any:
+def _cluster_table(report: Distinguishability) -> Any:
     from rich.box import SIMPLE
     from rich.table import Table
 

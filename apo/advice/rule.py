@@ -9,7 +9,7 @@ from typing import Literal
 from apo.analysis.distinguishability import Interval
 from clair.core.student_t import detectable_difference
 
-Objective = Literal["apo_zero", "apo_down", "dpo", "none"]
+AdvisedObjective = Literal["apo_zero", "apo_down", "dpo", "none"]
 Certainty = Literal["low", "fair", "high"]
 CERTAINTIES: tuple[Certainty, ...] = ("low", "fair", "high")
 FINE, COARSE = 0.10, 0.25
@@ -59,7 +59,7 @@ class Evidence:
 class Advice:
     """The objective to train with, or "none" (do not train on these pairs), with certainty, reason and warnings."""
 
-    objective: Objective
+    objective: AdvisedObjective
     sure: Certainty
     because: str
     beta: float | None = None
@@ -89,7 +89,7 @@ def advise(evidence: Evidence) -> Advice:
     if evidence.right is None and evidence.coherence.lo <= 0:
         return Advice("none", "low", "the pairs have no common direction, as if their labels were random")
     standing, sure, because = winner_standing(evidence)
-    objective: Objective = "apo_zero" if standing == "better" else "apo_down" if standing == "worse" else "dpo"
+    objective: AdvisedObjective = "apo_zero" if standing == "better" else "apo_down" if standing == "worse" else "dpo"
     beware = []
     if both_own(evidence):
         sure = CERTAINTIES[max(0, CERTAINTIES.index(sure) - 1)]

@@ -87,7 +87,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Report:
+class Distinguishability:
     """The clusters (fastest first), the objective's initial gradients on chosen and rejected, and warnings."""
 
     objective: str
@@ -102,7 +102,7 @@ class Report:
 
 def distinguish(
     pairs: EncodedPairs, by: str, objective: Any = "apo_zero", beta: float = 0.1, *, seed: int = 0, draws: int = DRAWS
-) -> Report:
+) -> Distinguishability:
     """Report on the clusters of pairs by a label, or by k-means of their prompts (`kmeans:K`).
 
     Raises UserError for a label that some pairs lack, and for clusters of fewer than two pairs.
@@ -151,7 +151,9 @@ def distinguish(
     ranking = sorted(range(len(results)), key=lambda number: -results[number].speed.value)
     pull = float(chosen_gradients.mean()), float(rejected_gradients.mean())
     clusters, ranked_cosines = [results[number] for number in ranking], cosines[ranking][:, ranking].tolist()
-    return Report(mixture.name, beta, pull, clusters, ranked_cosines, warnings_of(mixture.name, beta, pull, clusters))
+    return Distinguishability(
+        mixture.name, beta, pull, clusters, ranked_cosines, warnings_of(mixture.name, beta, pull, clusters)
+    )
 
 
 # ---- distances

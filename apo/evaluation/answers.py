@@ -43,7 +43,7 @@ Work = TypeVar("Work")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[Row]):
+class RowAnswer(Generic[Row]):
     """One answer to one row. `unresolved` names the reason if there is none, or none that ended normally."""
 
     row: Row
@@ -75,7 +75,7 @@ def messages_for(row: BenchmarkQuestion, system: str | None) -> list[Message]:
     return [*first, {"role": "user", "content": row.text}]
 
 
-async def _request_answer(client: ModelClient, request: AnswerRequest[Row], system: str | None) -> Answer[Row]:
+async def _request_answer(client: ModelClient, request: AnswerRequest[Row], system: str | None) -> RowAnswer[Row]:
     """Request the model's answer, or take it from the ledger. Raises Dropped if there is none.
 
     An answer that the token limit cut off counts; one that was filtered, refused or interrupted is unresolved.
@@ -84,7 +84,7 @@ async def _request_answer(client: ModelClient, request: AnswerRequest[Row], syst
     incomplete = reply.incomplete()
     cut_off = incomplete == "truncated"
     unresolved = f"answer_{incomplete}" if incomplete and not cut_off else None
-    return Answer(
+    return RowAnswer(
         request.row,
         reply.text or reply.refusal,
         request.sample,
@@ -118,9 +118,9 @@ class Answerer:
             work.sort(key=lambda item: -len(row_of(item).text))
         return work
 
-    async def answer(self, request: Answer[Row] | AnswerRequest[Row]) -> Answer[Row]:
+    async def answer(self, request: RowAnswer[Row] | AnswerRequest[Row]) -> RowAnswer[Row]:
         """The model's answer, or an unresolved one if it refuses. Stops the run if it refuses all first questions."""
-        if isinstance(request, Answer):
+        if isinstance(request, RowAnswer):
             return request
         assert self.client is not None, "a request needs a model"
         try:
@@ -133,14 +133,14 @@ class Answerer:
             if by_server and not self._answered and len(self.refusals) >= _MAX_REFUSALS:
                 message = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
                 self.stop.request(message, UserError(message))
-            return Answer(request.row, "", request.sample, unresolved=f"answer_{dropped.reason}")
+            return RowAnswer(request.row, "", request.sample, unresolved=f"answer_{dropped.reason}")
         if answer.unresolved is not None:
             self.refusals.append(f"{answer.unresolved.removeprefix('answer_')}: {answer.text or 'no text'}")
         self._answered += 1
         self.tokens[request.row.text, request.draw] = Tokens(answer.prompt_tokens or 0, answer.completion_tokens or 0)
         return answer
 
-    def source(self, responses: str | None, ready_answers: Sequence[Answer[Any]] | None) -> ModelUsed:
+    def source(self, responses: str | None, ready_answers: Sequence[RowAnswer[Any]] | None) -> ModelUsed:
         """The model that answers; for existing answers their file or folder, with their hash as its identity."""
         if self.client is not None:
             return model_used(self.client)

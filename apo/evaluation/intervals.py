@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, variance
 from typing import Any
 
-from apo.evaluation.records.benchmark import Interval, Scored
+from apo.evaluation.records.benchmark import Scored, ScoreInterval
 from clair.core.statistics import Estimate, clustered_score
 
 
@@ -22,7 +22,7 @@ def mean_with_interval(
     return {"mean": estimate.mean, "se": estimate.se, "ci95": [estimate.lo, estimate.hi]}
 
 
-def score_headline(name: str, value: float | None, interval: Interval, unanswered: int) -> str:
+def score_headline(name: str, value: float | None, interval: ScoreInterval, unanswered: int) -> str:
     """A score in per cent with its interval, or its bracket if a server refused items."""
     low, high = (f"{100 * end:.1f}" for end in interval.ci95 or interval.bracket)
     if value is None:
@@ -30,7 +30,7 @@ def score_headline(name: str, value: float | None, interval: Interval, unanswere
     return f"{name} {100 * value:.1f} %" + (f", 95 % interval {low} to {high}" if interval.ci95 else "")
 
 
-def score_interval(scored: Sequence[Scored]) -> Interval:
+def score_interval(scored: Sequence[Scored]) -> ScoreInterval:
     """The uncertainty of a mean of scores. Fields are None if there are too few of them or one is `unanswered`."""
     scores, clusters = [entry.score for entry in scored], [entry.cluster for entry in scored]
     answered = not any(entry.unanswered for entry in scored)
@@ -40,7 +40,7 @@ def score_interval(scored: Sequence[Scored]) -> Interval:
         by_question[entry.question].append(entry.score)
     resolved = [entry.score for entry in scored if entry.resolved]
     right = math.fsum(resolved)
-    return Interval(
+    return ScoreInterval(
         mean=math.fsum(scores) / len(scores) if answered else None,
         n=len(scores),
         questions=len(by_question),

@@ -14,7 +14,7 @@ from clair.pipeline.rows import run_rows
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
-Progress = Callable[[int, Mapping[str, ModelClient]], None]
+OnProgress = Callable[[int, Mapping[str, ModelClient]], None]
 
 
 async def collect_results(
@@ -24,7 +24,7 @@ async def collect_results(
     stop: StopSignal,
     *,
     failures: list[str],
-    on_progress: Progress,
+    on_progress: OnProgress,
 ) -> list[Result]:
     """The results of `run_row` in the order of the rows; incomplete if the run stops or rows fail.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from apo.evaluation.records.benchmark import Interval
+from apo.evaluation.records.benchmark import ScoreInterval
 from apo.evaluation.records.ifeval import MEASURES, IFEvalScore, InstructionScore
 from apo.evaluation.records.mixeval import MixEvalScore, Split
 from apo.evaluation.results import Results
@@ -69,13 +69,13 @@ def _ifeval_table(score: IFEvalScore) -> Table:
     return table
 
 
-def _cells(value: float | None, interval: Interval) -> tuple[str, str]:
+def _cells(value: float | None, interval: ScoreInterval) -> tuple[str, str]:
     if value is None:
         return ("bracket", _range(interval.bracket))
     return (_percent(value), _range(interval.ci95))
 
 
-def _row(value: float | None, interval: Interval, unresolved: int) -> tuple[str, ...]:
+def _row(value: float | None, interval: ScoreInterval, unresolved: int) -> tuple[str, ...]:
     counts = f"{interval.n}, {interval.questions}, {interval.clusters or interval.questions}"
     return (*_cells(value, interval), counts, str(unresolved))
 

@@ -71,7 +71,7 @@ class MemoryTrainer(RunningTrainer, Protocol):
         ...
 
 
-class Stopped(UserError):
+class TrainingStopped(UserError):
     """Training stopped itself. The message has the reason, and what to change."""
 
     exit_code = EXIT_STOPPED
@@ -89,19 +89,19 @@ class NonFiniteLossCheck:
         self._pending: deque[tuple[int, HostCopy, list[dict[str, Any]]]] = deque()
 
     def add(self, trainer: RunningTrainer, losses: Tensor, examples: list[dict[str, Any]]) -> None:
-        """Add the losses [B] of a micro-batch. Raises Stopped if a loss that has arrived is not finite."""
+        """Add the losses [B] of a micro-batch. Raises TrainingStopped if a loss that has arrived is not finite."""
         self._pending.append((trainer.state.global_step + 1, HostCopy(~losses.detach().isfinite()), examples))
         self._check(trainer, self._lag)
 
     def flush(self, trainer: RunningTrainer) -> None:
-        """Check all losses. Raises Stopped if one is not finite."""
+        """Check all losses. Raises TrainingStopped if one is not finite."""
         self._check(trainer, 0)
 
     def _check(self, trainer: RunningTrainer, lag: int) -> None:
         while len(self._pending) > lag:
             step, mask, examples = self._pending.popleft()
             if (lost := mask.value()).any():
-                raise Stopped(_loss_message(trainer, step, lost.tolist(), examples))
+                raise TrainingStopped(_loss_message(trainer, step, lost.tolist(), examples))
 
 
 def _loss_message(trainer: RunningTrainer, step: int, lost: Sequence[bool], examples: Sequence[dict[str, Any]]) -> str:
@@ -125,7 +125,7 @@ def _loss_message(trainer: RunningTrainer, step: int, lost: Sequence[bool], exam
 def check_gradient(trainer: RunningTrainer, norm: float | None) -> None:
     """Raise Stopped if the gradient is not finite, although the loss is. In float16 the scaler skips such steps."""
     if norm is not None and not abs(norm) < float("inf") and not trainer.args.fp16:
-        raise Stopped(
+        raise TrainingStopped(
             f"step {trainer.state.global_step}: the gradient is not finite, although the loss is; lower "
             f"trainer.learning_rate, or train in float32; {checkpoint_hint(trainer)}"
         )
@@ -135,7 +135,7 @@ def check_weights_finite(trainer: RunningTrainer) -> None:
     """Raise Stopped if a trained weight is not finite, so that no checkpoint or model with it is written."""
     shards = [local_shard(weight) for weight in trainer.model.parameters() if weight.requires_grad]
     if not torch.stack([shard.isfinite().all() for shard in shards]).all():
-        raise Stopped(
+        raise TrainingStopped(
             f"step {trainer.state.global_step}: trained weights are not finite, so nothing is saved; lower "
             f"trainer.learning_rate; {checkpoint_hint(trainer)}"
         )
@@ -183,7 +183,7 @@ def stop_on_write_error(trainer: RunningTrainer, name: str) -> Iterator[None]:
         if (reason := _write_error(error)) is None:
             raise
         shutil.rmtree(Path(trainer.args.output_dir) / checkpoints.UNFINISHED, ignore_errors=True)
-        raise Stopped(
+        raise TrainingStopped(
             f"step {trainer.state.global_step}: {name} cannot be written to {trainer.args.output_dir} ({reason}); "
             f"make room or give permission, then run the same command again; {checkpoint_hint(trainer)}"
         ) from error
@@ -212,7 +212,7 @@ def stop_on_out_of_memory(trainer: MemoryTrainer, phase: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise Stopped(_memory_message(trainer, phase)) from error
+        raise TrainingStopped(_memory_message(trainer, phase)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from apo.models.decomposed_lora import write_plain
-from apo.monitoring.failures import Stopped, checkpoint_hint, stop_on_write_error
+from apo.monitoring.failures import TrainingStopped, checkpoint_hint, stop_on_write_error
 from apo.run_dir import checkpoints
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError, one_line
@@ -67,11 +67,11 @@ class CheckpointTrainer(DPOTrainer):
         return checkpoint
 
     def _load_best_model(self) -> None:
-        """Load the weights of the best checkpoint. Raises `failures.Stopped` if they are not as they were written."""
+        """Load the best checkpoint's weights. Raises `failures.TrainingStopped` if they have changed on disk."""
         assert self.state.best_model_checkpoint is not None  # TRL calls this for a best checkpoint only
         best = Path(self.state.best_model_checkpoint)
         if damage := checkpoints.find_damage(best):
-            raise Stopped(f"the best model, {best}, is damaged: {damage}; {checkpoint_hint(self)}")
+            raise TrainingStopped(f"the best model, {best}, is damaged: {damage}; {checkpoint_hint(self)}")
         super()._load_best_model()
 
     # Saving

@@ -141,7 +141,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """The cost of a plan on this machine, and on other devices."""
 
     jobs: dict[Device, Job]
@@ -153,7 +153,7 @@ class Estimate:
         return self.jobs[self.machine]
 
 
-def estimate(planned: Plan, others: Sequence[Device] = ()) -> Estimate | str:
+def estimate(planned: Plan, others: Sequence[Device] = ()) -> CostEstimate | str:
     """Return the costs of a plan on this machine and on `others`, or the reason why they cannot be estimated.
 
     On a GPU, checkpointing and the limit of a pass that the recipe leaves open are those of `choose_passes`.
@@ -210,7 +210,7 @@ def estimate(planned: Plan, others: Sequence[Device] = ()) -> Estimate | str:
         set_by_recipe = not args.shared_prefix or "pack_tokens" in config.trainer
         limits = (config.trainer.get("pack_tokens"),) if set_by_recipe else PASS_TOKENS
         jobs[device] = choose_passes(functools.partial(build, True), device, checkpointing, limits)
-    return Estimate(jobs, machine)
+    return CostEstimate(jobs, machine)
 
 
 def limit_passes(planned: Plan) -> None:

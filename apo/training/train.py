@@ -321,7 +321,7 @@ def _check_same_steps(run: dict[str, Any], planned: Plan, out: Path) -> None:
 
 def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) -> None:
     from apo.monitoring.callbacks import InterruptCallback, ProgressBarCallback
-    from apo.monitoring.failures import Stopped, check_weights_finite, checkpoint_hint
+    from apo.monitoring.failures import TrainingStopped, check_weights_finite, checkpoint_hint
     from apo.monitoring.inspection_callback import InspectionCallback
 
     (inspection,) = (
@@ -333,11 +333,11 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
         with group.raise_on_all():
             if inspection.violation:
                 change = "lower trainer.learning_rate, or allow more and run the same command again"
-                raise Stopped(
+                raise TrainingStopped(
                     f"step {trainer.state.global_step}: {inspection.violation}; {change}; {checkpoint_hint(trainer)}"
                 )
             check_weights_finite(trainer)
-    except Stopped as stop:
+    except TrainingStopped as stop:
         record_stop(out, trainer.state.global_step, str(stop))
         raise
     finally:

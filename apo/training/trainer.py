@@ -419,7 +419,7 @@ class APOTrainer(CheckpointTrainer):
     # The loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """TRL's training. Raises `failures.Stopped` when memory runs out or a loss is not finite.
+        """TRL's training. Raises `failures.TrainingStopped` when memory runs out or a loss is not finite.
 
         With `resume_from_checkpoint=True` it resumes from the newest whole checkpoint of `output_dir`. Raises UserError
         for a given checkpoint that is damaged, and for an optimizer or a schedule that cannot be set up.

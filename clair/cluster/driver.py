@@ -45,7 +45,7 @@ _SHORT_PATIENCE = 2.0
 _INSPECTION_THREADS = 32
 """Shards inspected concurrently: clair.storage.url_lock may have to watch one at a URL for a minute."""
 _ANSWERED_TOKENS = "SELECT total(prompt_tokens) + total(completion_tokens) FROM calls WHERE payer = ?"
-Progress = Callable[[int, str], None]
+OnProgress = Callable[[int, str], None]
 
 
 def build_on_ray(
@@ -55,7 +55,7 @@ def build_on_ray(
     address: str | None = None,
     shards: int | None = None,
     update: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BuildResult:
     """Build all shards on a cluster and merge them into `config.out`, going on from what is there.
 
@@ -134,7 +134,7 @@ class _Job:
         count: int,
         existing: Set[Shard],
         update: bool,
-        on_progress: Progress,
+        on_progress: OnProgress,
     ) -> None:
         self.ray, self.pool, self.config, self.prompt_scan = ray, pool, config, prompt_scan
         self.update, self.on_progress = update, on_progress

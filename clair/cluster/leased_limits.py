@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from clair.cluster.shared_limits import NOTHING, Lease, Report, RoleLease, RoleReport
+from clair.cluster.shared_limits import NOTHING, Lease, RoleLease, RoleReport, ShardReport
 from clair.inference.budget import Budget, BudgetConfig, BudgetExceeded, Price
 from clair.inference.client import StopSignal
 from clair.inference.open import Resources
@@ -189,7 +189,7 @@ class LeasedBudget(Budget):
                 future.set_exception(BudgetExceeded(lease.refused))
 
 
-Exchange = Callable[[Report], Awaitable[Lease]]
+Exchange = Callable[[ShardReport], Awaitable[Lease]]
 
 
 @dataclass
@@ -271,7 +271,7 @@ class LeasedResources(Resources):
         elif not last:
             self._update(lease)
 
-    def _report(self, *, last: bool) -> Report:
+    def _report(self, *, last: bool) -> ShardReport:
         roles = {}
         for role, limiter in self._limiters.items():
             requests, tokens = self._rates[role]
@@ -281,7 +281,7 @@ class LeasedResources(Resources):
                 requests=len(request_amounts), tokens=token_amounts, tokens_refunded=refunded, **limiter.report()
             )
         spent, leased, needs = self._budget.report(scarce=self._scarce) if self._budget else (NOTHING,) * 3
-        return Report(self.shard, self.attempt, roles, spent, leased, needs, dict(self.progress()), last)
+        return ShardReport(self.shard, self.attempt, roles, spent, leased, needs, dict(self.progress()), last)
 
     def _update(self, lease: Lease) -> None:
         self._scarce = lease.scarce

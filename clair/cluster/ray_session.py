@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from clair.cluster.shared_limits import Lease, Report, SharedLimits
+from clair.cluster.shared_limits import Lease, ShardReport, SharedLimits
 from clair.core.errors import UserError, one_line
 from clair.inference.config import ModelConfig
 
@@ -57,7 +57,7 @@ class LimitsActor(SharedLimits):
         self._metrics = {name: Metric(f"clair_{name}", description) for name, description in _METRICS.items()}
         self._reported: dict[tuple[str, str], float] = {}
 
-    def report(self, report: Report) -> Lease:
+    def report(self, report: ShardReport) -> Lease:
         """Take a shard's report and answer with its lease."""
         for name, value in report.progress.items():
             reported = self._reported.get((report.shard, name), 0.0)

@@ -52,7 +52,7 @@ class RoleReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ShardReport:
     """A report of one shard. `attempt` distinguishes an old process of the shard from the one that replaced it."""
 
     shard: str
@@ -153,7 +153,7 @@ class SharedLimits:
             for name, shard in self._shards.items()
         }
 
-    def report(self, report: Report) -> Lease:
+    def report(self, report: ShardReport) -> Lease:
         """Take a shard's report and answer with its lease."""
         shard = self._shards.get(report.shard)
         if shard is None or shard.attempt != report.attempt:

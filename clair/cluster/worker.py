@@ -10,7 +10,7 @@ from socket import gethostname
 from typing import Any
 
 from clair.cluster.leased_limits import LeasedResources
-from clair.cluster.shared_limits import Lease, Report
+from clair.cluster.shared_limits import Lease, ShardReport
 from clair.core.errors import EXIT_USER_ERROR, UserError
 from clair.core.exit_codes import system_error_message
 from clair.inference.budget import Budget
@@ -74,7 +74,7 @@ class Worker:
             return ShardResult(error=message)
         return ShardResult(built.failed, built.stopped)
 
-    def _build(self, task: ShardTask, exchange: Callable[[Report], Awaitable[Lease]]) -> Any:
+    def _build(self, task: ShardTask, exchange: Callable[[ShardReport], Awaitable[Lease]]) -> Any:
         state: dict[str, Any] = {}
         resources = _WorkerResources(
             shard=task.shard.name,

@@ -66,7 +66,7 @@ def _jaccard(first: frozenset[int], second: frozenset[int]) -> float:
     return sum(value in first and value in second for value in union) / len(union)
 
 
-class Benchmark:
+class BenchmarkQuestions:
     """Detects texts that share a run of 13 words with a question of a benchmark, or equal a shorter question.
 
     13 words is the usual measure of contamination (Brown et al. 2020, appendix C).

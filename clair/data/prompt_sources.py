@@ -19,7 +19,7 @@ from pydantic import Field
 from clair.core.errors import UserError, check_name, error_chain
 from clair.core.files import content_hash
 from clair.core.recipe import Recipe
-from clair.data.deduplication import Benchmark, NearDuplicates, repeated_keys
+from clair.data.deduplication import BenchmarkQuestions, NearDuplicates, repeated_keys
 from clair.data.prompt_rows import read_prompt
 from clair.data.records import LABELS, Prompt, task_text
 from clair.data.row_files import drop_nulls, file_rows, kind_of, load_split, number_rows
@@ -141,7 +141,7 @@ def _similarity_check(source: PromptSource) -> Callable[[Prompt], str | None]:
     """
     near = NearDuplicates(source.near_duplicates) if source.near_duplicates else None
     questions = read_prompts(PromptSource(path=source.not_in)) if source.not_in else ()
-    benchmark = Benchmark(task_text(question.messages) for question in questions) if source.not_in else None
+    benchmark = BenchmarkQuestions(task_text(question.messages) for question in questions) if source.not_in else None
 
     def check(prompt: Prompt) -> str | None:
         text = task_text(prompt.messages) if near or benchmark else ""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from clair.inference.batch_queue import Batch, BatchQueue, Outcome
+from clair.inference.batch_queue import Batch, BatchQueue, RequestOutcome
 from clair.inference.batch_service import BatchService, Pending, parse_outcome, retry_outcome, wait_for_event
 from clair.inference.budget import NOTHING, Budget, BudgetExceeded
 from clair.inference.config import BatchConfig
@@ -259,7 +259,7 @@ class BatchClient:
         complete = last.endswith(b"\n") or parse_outcome(last.decode("utf-8", "replace"), str) is not None
         return settled, len(listed), complete
 
-    async def _settle(self, batch: Batch, outcomes: list[Outcome], *, is_try: bool = True) -> int:
+    async def _settle(self, batch: Batch, outcomes: list[RequestOutcome], *, is_try: bool = True) -> int:
         """Write outcomes to the ledger, and return the unused reserve to the budget. `is_try`: count them as tries."""
         settlements = await self.queue.settle(batch, outcomes)
         for settled in settlements:
@@ -268,7 +268,7 @@ class BatchClient:
                 self._count(settled.outcome)
         return len(settlements)
 
-    def _count(self, outcome: Outcome) -> None:
+    def _count(self, outcome: RequestOutcome) -> None:
         """Count the tries of a request; note one that failed for good."""
         if outcome.error is None:
             self.answered += 1
@@ -296,7 +296,7 @@ class BatchClient:
             raise Refused(
                 f"{self.role}: {self.service.url} refuses the file of batch {batch.id} ({message}); no request was run"
             )
-        outcomes = [Outcome(str(key), None, NOTHING, f"http_400: {message}") for key in blamed]
+        outcomes = [RequestOutcome(str(key), None, NOTHING, f"http_400: {message}") for key in blamed]
         return await self._settle(batch, outcomes) + await self._requeue(batch)
 
     async def _over_token_limit(self, batch: Batch, message: str) -> int:

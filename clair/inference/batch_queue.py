@@ -38,7 +38,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RequestOutcome:
     """The result of one request of a batch: a reply (`error` None), or an error with the raw text received, if any.
 
     `billed` is None if it is not known: then the worst case stays on the bill. `listed`: the result file says that the
@@ -56,7 +56,7 @@ class Outcome:
 class Settled:
     """An outcome that is in the ledger: it replaced `reserved` tokens on our bill with `billed` ones."""
 
-    outcome: Outcome
+    outcome: RequestOutcome
     reserved: Tokens
     billed: Tokens
 
@@ -213,7 +213,7 @@ class BatchQueue:
         rows = self.ledger.read(query, batch.name, self.service, batch.run, line - 1) if line > 0 else []
         return rows[0][0] if rows else None
 
-    async def settle(self, batch: Batch, outcomes: Sequence[Outcome]) -> list[Settled]:
+    async def settle(self, batch: Batch, outcomes: Sequence[RequestOutcome]) -> list[Settled]:
         """Write outcomes to the ledger; skip requests that are not in the batch or have an outcome already."""
         if not outcomes:
             return []
@@ -221,7 +221,7 @@ class BatchQueue:
             lambda connection: [s for o in outcomes if (s := self._settle(connection, batch.name, o))]
         )
 
-    def _settle(self, connection: sqlite3.Connection, name: str, outcome: Outcome) -> Settled | None:
+    def _settle(self, connection: sqlite3.Connection, name: str, outcome: RequestOutcome) -> Settled | None:
         row = connection.execute(
             "DELETE FROM batched WHERE key = ? AND batch = ? RETURNING most_prompt, most_completion",
             (outcome.key, name),

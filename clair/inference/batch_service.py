@@ -10,7 +10,7 @@ from typing import IO, Any, TypeVar
 from clair.core.backoff import backoff
 from clair.core.errors import one_line
 from clair.data.records import replace_surrogates
-from clair.inference.batch_queue import Outcome
+from clair.inference.batch_queue import RequestOutcome
 from clair.inference.budget import NOTHING
 from clair.inference.model import (
     RateLimited,
@@ -191,7 +191,7 @@ def _encode(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line).encode() + b"\n"  # ASCII: some servers take U+2028 for the end of a line
 
 
-def parse_outcome(line: str, redacted: Callable[[str], str]) -> Outcome | None:
+def parse_outcome(line: str, redacted: Callable[[str], str]) -> RequestOutcome | None:
     """The outcome in a line of the output or the error file; None if the line cannot be parsed.
 
     Error messages are `redacted`; a model's reply stays as it is.
@@ -211,21 +211,21 @@ def parse_outcome(line: str, redacted: Callable[[str], str]) -> Outcome | None:
     message = redacted(message)
     if code in _NOT_RUN or not isinstance(status, int) or status >= 500 or status in _RETRY_STATUSES:
         return retry_outcome(key, message, NOTHING, listed=code in _NOT_RUN)
-    return Outcome(key, None, NOTHING, f"http_{status}: {status}: {message}")
+    return RequestOutcome(key, None, NOTHING, f"http_{status}: {status}: {message}")
 
 
-def retry_outcome(key: str, reason: str, billed: Tokens | None, *, listed: bool = False) -> Outcome:
+def retry_outcome(key: str, reason: str, billed: Tokens | None, *, listed: bool = False) -> RequestOutcome:
     """The outcome of a request that is to be sent again."""
-    return Outcome(key, None, billed, f"again: {reason}", listed)
+    return RequestOutcome(key, None, billed, f"again: {reason}", listed)
 
 
-def _reply_outcome(key: str, raw: str, redacted: Callable[[str], str]) -> Outcome:
+def _reply_outcome(key: str, raw: str, redacted: Callable[[str], str]) -> RequestOutcome:
     try:
         usage = parse_reply(raw, tools=True).usage  # whether the request has tools is checked when the reply is used
     except RequestFailed as error:
-        return Outcome(key, redacted(raw), None, redacted(f"{error.reason}: {error.detail}"))
+        return RequestOutcome(key, redacted(raw), None, redacted(f"{error.reason}: {error.detail}"))
     is_known = "prompt_tokens" in usage and "completion_tokens" in usage
-    return Outcome(key, raw, Tokens(usage["prompt_tokens"], usage["completion_tokens"]) if is_known else None)
+    return RequestOutcome(key, raw, Tokens(usage["prompt_tokens"], usage["completion_tokens"]) if is_known else None)
 
 
 def _error_message(error: Any) -> tuple[str | None, str]:

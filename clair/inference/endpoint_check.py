@@ -39,7 +39,7 @@ _TURN_TOKENS = 256
 _MAX_MESSAGE = 200
 _REQUIRED = ("chat template", "end of turn", "truncation")
 """Checks that fail if their request gets no answer; the others are then undecided."""
-Verdict = tuple[bool | None, str]
+CheckResult = tuple[bool | None, str]
 """`ok` and the message of a `Check`."""
 
 
@@ -146,7 +146,7 @@ def _usage(body: Mapping[str, Any], name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-async def _template(endpoint: OpenAIModel, tokenizer: Any) -> Verdict:
+async def _template(endpoint: OpenAIModel, tokenizer: Any) -> CheckResult:
     """Compare the server's count of prompt tokens with the tokenizer's: equal counts mean the same template."""
     if tokenizer is None:
         return None, "not compared: give --tokenizer"
@@ -169,7 +169,7 @@ async def _template(endpoint: OpenAIModel, tokenizer: Any) -> Verdict:
     return True, f"as many tokens as the tokenizer's, {len(_CONVERSATIONS)} conversations"
 
 
-async def _end_of_turn(endpoint: OpenAIModel, tokenizer: Any) -> Verdict:
+async def _end_of_turn(endpoint: OpenAIModel, tokenizer: Any) -> CheckResult:
     """Check that an answer ends by itself and contains no special token."""
     body = await _ask(endpoint, _CONVERSATIONS[0], max_tokens=_TURN_TOKENS)
     text = str(body["choices"][0]["message"].get("content") or "")
@@ -182,7 +182,7 @@ async def _end_of_turn(endpoint: OpenAIModel, tokenizer: Any) -> Verdict:
     return True, "the answer ends by itself, without a special token in it"
 
 
-async def _truncation(endpoint: OpenAIModel) -> Verdict:
+async def _truncation(endpoint: OpenAIModel) -> CheckResult:
     """Check that the server marks a truncated answer: else half an answer would become chosen or rejected."""
     body = await _ask(endpoint, [{"role": "user", "content": "Count from one to fifty, in words."}], max_tokens=2)
     finish, tokens = body["choices"][0].get("finish_reason"), _usage(body, "completion_tokens")
@@ -193,7 +193,7 @@ async def _truncation(endpoint: OpenAIModel) -> Verdict:
     return False, f"max_tokens 2, and finish_reason {finish!r} after {tokens} tokens"
 
 
-async def _thinking_switch(endpoint: OpenAIModel, tokenizer: Any) -> Verdict:
+async def _thinking_switch(endpoint: OpenAIModel, tokenizer: Any) -> CheckResult:
     """Compare counts of prompt tokens in both modes of a thinking model: a server may ignore `chat_template_kwargs`."""
     if tokenizer is None or unknown_variable(tokenizer.chat_template, ["enable_thinking"]):
         return None, "not compared: no tokenizer whose template has enable_thinking"
@@ -209,7 +209,7 @@ async def _thinking_switch(endpoint: OpenAIModel, tokenizer: Any) -> Verdict:
     return True, "chat_template_kwargs {enable_thinking} has its effect"
 
 
-async def _samples(endpoint: OpenAIModel) -> Verdict:
+async def _samples(endpoint: OpenAIModel) -> CheckResult:
     """Check that a second answer differs: two answers of a server with a fixed seed make no judged pair."""
     messages = [{"role": "user", "content": "Tell me a story about something of your choice."}]
     texts = []
@@ -221,14 +221,14 @@ async def _samples(endpoint: OpenAIModel) -> Verdict:
     return True, "two answers at temperature 1 differ"
 
 
-async def _logprobs(endpoint: OpenAIModel) -> Verdict:
+async def _logprobs(endpoint: OpenAIModel) -> CheckResult:
     body = await _ask(endpoint, _CONVERSATIONS[0], max_tokens=2, logprobs=True, top_logprobs=1)
     logprobs = body["choices"][0].get("logprobs")
     available = isinstance(logprobs, dict) and bool(logprobs.get("content"))
     return (True, "available") if available else (None, "not available")
 
 
-async def _speed(endpoint: OpenAIModel) -> Verdict:
+async def _speed(endpoint: OpenAIModel) -> CheckResult:
     started = time.monotonic()
     prompts = ([{"role": "user", "content": f"Tell me a story about the number {n}."}] for n in range(_SPEED_REQUESTS))
     bodies = await asyncio.gather(*(_ask(endpoint, messages, max_tokens=_SPEED_TOKENS) for messages in prompts))

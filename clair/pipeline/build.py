@@ -60,7 +60,7 @@ class BuildResult:
         return f"BuildResult({str(self.out)!r}, {numbers})"
 
 
-Progress = Callable[[DatasetWriter, Mapping[str, ModelClient]], None]
+OnProgress = Callable[[DatasetWriter, Mapping[str, ModelClient]], None]
 
 
 def check_recipe(config: BuildConfig, shard: Shard | None = None) -> Scan:
@@ -105,7 +105,7 @@ def build(
     *,
     prompt_scan: Scan | None = None,
     update: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     shard: Shard | None = None,
     resources: Resources | None = None,
     crash_policy: CrashPolicy | None = None,
@@ -151,7 +151,7 @@ async def _build(
     prompt_scan: Scan,
     output: Output,
     ledger: Ledger,
-    on_progress: Progress,
+    on_progress: OnProgress,
     shard: Shard | None,
     resources: Resources | None,
     crash_policy: CrashPolicy,
@@ -190,7 +190,7 @@ async def _fill(
     prompt_scan: Scan,
     writer: DatasetWriter,
     balance: LengthBalance | None,
-    on_progress: Progress,
+    on_progress: OnProgress,
     shard: Shard | None,
     crash_policy: CrashPolicy,
     output: Output,

@@ -28,7 +28,7 @@ from clair.pipeline.filters import make_filters
 from clair.pipeline.pipelines import judged, revised, stronger
 from clair.pipeline.reward_model import RewardModel, check_reward
 from clair.pipeline.rows import run_rows
-from clair.pipeline.scores import Judges, Scorer, Scoring
+from clair.pipeline.scores import Judges, ScoreSource, Scoring
 from clair.pipeline.steps import Judge, Reviser, ScoreJudge
 from clair.prompting.labels import IDENTIFIERS, names_part
 from clair.prompting.templates import JUDGE_NEEDS, REVISER_NEEDS, load_template
@@ -167,7 +167,7 @@ def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Sto
 
 def _open_scorer(
     config: BuildConfig, clients: Mapping[str, ModelClient], templates: Mapping[str, str]
-) -> Scorer | None:
+) -> ScoreSource | None:
     assert config.scores is not None
     if config.scores.checker:
         return Checker(config.scores.checker)

@@ -19,7 +19,7 @@ from clair.pipeline.config import ScoresConfig
 from clair.pipeline.steps import ScoreJudge, best_and_worst_index, gather_all, score_once
 
 
-class Scorer(Protocol):
+class ScoreSource(Protocol):
     """Gives scores to the answers of a prompt."""
 
     async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[list[float]]:
@@ -52,7 +52,7 @@ class Scoring:
     """The scorer of a recipe, None for scores of the rows, its choice of a pair, and counts over all prompts."""
 
     config: ScoresConfig
-    scorer: Scorer | None = None
+    scorer: ScoreSource | None = None
     judges: tuple[str, ...] = ()
     """The names of the judges' models, if there are several."""
     prompts: int = 0

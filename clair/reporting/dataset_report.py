@@ -22,7 +22,7 @@ from clair.prompting.calls import with_calls
 from clair.prompting.parse import FAILURES
 from clair.reporting.html_page import clip, diff, histogram, html_page, json_text, round_edges
 from clair.reporting.review import FORMAT, REASON, STAGE, fingerprint
-from clair.reporting.sampling import METRICS, Rows, compact_number, fit_to_page, read_filters, stratified_order
+from clair.reporting.sampling import METRICS, PairColumns, compact_number, fit_to_page, read_filters, stratified_order
 
 MAX_BYTES = 25_000_000
 """The maximum size of a page: mail and chat accept it, and browsers open it at once."""
@@ -45,7 +45,7 @@ def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[
     folder = Path(folder)
     manifest = read_manifest(folder)
     is_match = read_filters(filters)
-    rows = Rows()
+    rows = PairColumns()
     for split in SPLITS:
         for row in read_rows(folder, [split]):
             rows.add(row, split, is_match)
@@ -78,7 +78,7 @@ def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[
     return target
 
 
-def _texts(folder: Path, rows: Rows, listed: Sequence[int], free_bytes: int) -> dict[int, str]:
+def _texts(folder: Path, rows: PairColumns, listed: Sequence[int], free_bytes: int) -> dict[int, str]:
     """The full texts that fit into `free_bytes`, as JSON members by index in the page's list of pairs."""
     list_index = {i: index for index, i in enumerate(listed)}
     order = stratified_order(rows, [i for i in rows.matching if i in list_index])
@@ -174,7 +174,7 @@ def explain(name: str) -> str:
     return FAILURES.get(reason, "").replace("{identifier}", "the label")
 
 
-def overview(manifest: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
+def overview(manifest: Mapping[str, Any], rows: PairColumns) -> dict[str, Any]:
     """The data of the overview: the manifest's counts, and distributions over all pairs."""
     names = ("pipeline", "counts", "drop_reasons", "failed", "models", "sampling", "tokens", "cost", "position")
     balance = manifest.get("balance")
@@ -201,7 +201,7 @@ def _histogram(name: str, values: Sequence[float]) -> dict[str, Any]:
     return histogram(values, edges)
 
 
-def _lengths(rows: Rows) -> dict[str, Any]:
+def _lengths(rows: PairColumns) -> dict[str, Any]:
     """Lengths in words of chosen and rejected answers, and a 2D histogram of them with logarithmic bins."""
     chosen, rejected = rows.numbers["chosen_words"], rows.numbers["rejected_words"]
     more = sorted(rows.numbers["more_words"])

@@ -34,7 +34,7 @@ METRICS = {
 
 
 @dataclass
-class Rows:
+class PairColumns:
     """The columns of all pairs of a dataset. `matching` are the indices of the pairs that match the filters."""
 
     ids: list[str] = field(default_factory=list)
@@ -120,7 +120,7 @@ def _searched(row: Mapping[str, Any]) -> str:
     return "\n".join([*turns, row.get("reasoning") or ""]).casefold()
 
 
-def stratified_order(rows: Rows, among: Sequence[int]) -> list[int]:
+def stratified_order(rows: PairColumns, among: Sequence[int]) -> list[int]:
     """The indices `among` in an order of which each prefix is spread evenly over contrast and length.
 
     The strata are tenths of the Jaccard overlap, each by a shorter, similar or longer chosen answer. They take turns,
@@ -138,7 +138,7 @@ def stratified_order(rows: Rows, among: Sequence[int]) -> list[int]:
     return [i for _, _, i in sorted(turns)]
 
 
-def fit_to_page(rows: Rows, free_bytes: int) -> list[int]:
+def fit_to_page(rows: PairColumns, free_bytes: int) -> list[int]:
     """The indices of the pairs whose id, numbers and opening fit into `free_bytes` of a page.
 
     These are all pairs, with shorter openings if necessary. If even that does not fit, they are a stratified sample,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from recipes.world.reviser import REFUSAL, Plan, Reply, find_task, read_request, share, written
+from recipes.world.reviser import REFUSAL, ReplyPlan, ServedReply, find_task, read_request, share, written
 from recipes.world.style import RANK, style_of
 from recipes.world.tasks import is_right
 
@@ -29,13 +29,15 @@ class Leanings:
     style: bool = False  # of two right or two wrong solutions, prefers the better style
 
 
-def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Leanings = Leanings()) -> Reply:
+def judge(
+    turns: list[str], planned: ReplyPlan, *, seed: int, body: str, leanings: Leanings = Leanings()
+) -> ServedReply:
     """The judge's reply to a conversation with the user turns `turns`."""
     if planned.text == "refusal":
-        return Reply(REFUSAL, spoilt=planned.text)
+        return ServedReply(REFUSAL, spoilt=planned.text)
     request = next(filter(None, map(read_sections, reversed(turns))), None)
     if request is None:
-        return Reply("Please give me a task and two student solutions between their tags.")
+        return ServedReply("Please give me a task and two student solutions between their tags.")
     task, first, second = request
     if share(seed, body, "bias") < leanings.position_bias:
         thoughts, better = "The first solution reads well, and I like it better.", 1
@@ -48,14 +50,14 @@ def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Le
     return written(thoughts, VERDICT, f"[{better}]" if better else "[tie]", planned)
 
 
-def score(turns: list[str], planned: Plan, *, seed: int, body: str, second: bool) -> Reply:
+def score(turns: list[str], planned: ReplyPlan, *, seed: int, body: str, second: bool) -> ServedReply:
     """A judge's score of one solution, 1 to 10: 7 if it is right and 2 if not, and 1 more for each step of its style.
 
     The `second` judge does not look at style, and is wrong about `SECOND_JUDGE_ERROR` of the solutions.
     """
     request = next(filter(None, map(read_request, reversed(turns))), None)
     if request is None:
-        return Reply("Please give me a task and a student solution between their tags.")
+        return ServedReply("Please give me a task and a student solution between their tags.")
     task = find_task(request.task)
     right = task is not None and is_right(task, request.student)
     if second and share(seed, body, "second judge") < SECOND_JUDGE_ERROR:

@@ -70,7 +70,7 @@ TEXT = ("refusal", "label_in_reasoning", "truncation", "allusion")
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReplyPlan:
     """The plan for one request body: `failures` errors of kind `transport`, then an answer spoilt by `text`."""
 
     transport: str | None
@@ -81,7 +81,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Reply:
+class ServedReply:
     """An assistant turn, its finish reason ("stop" or "length"), and the misbehaviour that spoilt it, if any.
 
     `refusal` is the message of a refusal in OpenAI's own field.
@@ -117,9 +117,9 @@ def _draw_misbehaviour(number: float, rates: Misbehaviour, names: tuple[str, ...
     return None
 
 
-def plan(seed: int, body: str, rates: Misbehaviour) -> Plan:
+def plan(seed: int, body: str, rates: Misbehaviour) -> ReplyPlan:
     """The plan for the request whose body has this hash."""
-    return Plan(
+    return ReplyPlan(
         transport=_draw_misbehaviour(share(seed, body, "transport"), rates, TRANSPORT),
         failures=1 + int(3 * share(seed, body, "failures")),
         slow=share(seed, body, "slow") < rates.slow,
@@ -162,7 +162,7 @@ def reasoning(task: Task, student: str) -> str:
     )
 
 
-def revise(turns: list[str], planned: Plan, *, polish: bool = False, mistaken: bool = False) -> Reply:
+def revise(turns: list[str], planned: ReplyPlan, *, polish: bool = False, mistaken: bool = False) -> ServedReply:
     """The reviser's reply to a conversation with the user turns `turns`, misbehaving as planned.
 
     With `polish` it also removes needless words and makes the text engaging; with `mistaken` it overlooks a wrong
@@ -170,11 +170,11 @@ def revise(turns: list[str], planned: Plan, *, polish: bool = False, mistaken: b
     """
     request = next(filter(None, map(read_request, reversed(turns))), None)
     if request is None:
-        return Reply("Please give me a task and a student solution between their tags.")
+        return ServedReply("Please give me a task and a student solution between their tags.")
     if read_request(turns[-1]) is None:
         planned = replace(planned, text=None, style=0)
     if planned.text == "refusal":
-        return Reply(REFUSAL, spoilt=planned.text)
+        return ServedReply(REFUSAL, spoilt=planned.text)
     task = find_task(request.task)
     thoughts = reasoning(task, request.student) if task else "I do not know such tasks, so I leave it as it is."
     solution = corrected(task, request.student) if task and not mistaken else request.student
@@ -210,35 +210,35 @@ def _common(first: list[str], second: list[str]) -> int:
     return next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(first), len(second)))
 
 
-def written(thoughts: str, label: str, result: str, planned: Plan) -> Reply:
+def written(thoughts: str, label: str, result: str, planned: ReplyPlan) -> ServedReply:
     """A reply in the method's two parts, in the planned style, spoilt as planned."""
     if planned.text == "label_in_reasoning":
         thoughts = MENTION.format(label) + thoughts
     text = STYLES[planned.style].format(REASONING, thoughts, label, result)
     if planned.text == "truncation":
         # Where a length limit strikes varies: inside the reasoning, or inside the solution, never after its end.
-        return Reply(text[: int(len(text) * (0.5 + 0.07 * planned.style))].rstrip(), "length", planned.text)
-    return Reply(text, spoilt=planned.text)
+        return ServedReply(text[: int(len(text) * (0.5 + 0.07 * planned.style))].rstrip(), "length", planned.text)
+    return ServedReply(text, spoilt=planned.text)
 
 
 STRONGER_RIGHT, STRONGER_PADDED = 0.95, 0.5
 
 
-def answer(message: str, seed: int, body: str, *, stronger: bool = False) -> Reply:
+def answer(message: str, seed: int, body: str, *, stronger: bool = False) -> ServedReply:
     """The target's reply to a bare task: right or by the wrong rule, with equal probability over requests.
 
     The `stronger` model is right in `STRONGER_RIGHT` of its replies, and wordy in `STRONGER_PADDED` of them.
     """
     task = find_task(message)
     if task is None:
-        return Reply("I am a small model and I do not know how to answer that.")
+        return ServedReply("I am a small model and I do not know how to answer that.")
     text = task.right if share(seed, body, "target") < (STRONGER_RIGHT if stronger else 0.5) else task.wrong
     if stronger and share(seed, body, "wordy") < STRONGER_PADDED:
         text = add_style(text, "padded", Random(body))
-    return Reply(text)
+    return ServedReply(text)
 
 
-def cut(reply: Reply, max_tokens: int | None) -> Reply:
+def cut(reply: ServedReply, max_tokens: int | None) -> ServedReply:
     """The reply within a token limit, counting four characters as a token."""
     if max_tokens is None or len(reply.text) <= 4 * max_tokens:
         return reply

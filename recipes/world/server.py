@@ -29,7 +29,7 @@ from typing import Any
 from aiohttp import web
 
 from recipes.world.judge import SCORE, Leanings, judge, score
-from recipes.world.reviser import Misbehaviour, Plan, Reply, answer, cut, plan, revise, share, user_texts
+from recipes.world.reviser import Misbehaviour, ReplyPlan, ServedReply, answer, cut, plan, revise, share, user_texts
 from recipes.world.tides import call, revise_call
 
 MODELS = ("world-reviser", "world-target", "world-stronger", "world-judge", "world-second-judge")
@@ -79,7 +79,7 @@ class RequestCounts:
         }
 
 
-class Refused(Exception):
+class ErrorResponse(Exception):
     """An error response in OpenAI's form."""
 
     def __init__(self, status: int, message: str, code: str, headers: dict[str, str] | None = None) -> None:
@@ -98,21 +98,21 @@ def body_hash(body: dict[str, Any]) -> str:
 
 
 async def read_body(request: web.Request, models: Sequence[str] = MODELS) -> dict[str, Any]:
-    """Parse and check the request's JSON object. Raises Refused."""
+    """Parse and check the request's JSON object. Raises ErrorResponse."""
     try:
         body = json.loads(await request.read())
     except ValueError as error:
-        raise Refused(400, f"the body is not JSON: {error}", "invalid_json") from None
+        raise ErrorResponse(400, f"the body is not JSON: {error}", "invalid_json") from None
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
-        raise Refused(400, "messages must be a list of at least one message", "invalid_messages")
+        raise ErrorResponse(400, "messages must be a list of at least one message", "invalid_messages")
     if body.get("model") not in models:
-        raise Refused(404, f"The model `{body.get('model')}` does not exist.", "model_not_found")
+        raise ErrorResponse(404, f"The model `{body.get('model')}` does not exist.", "model_not_found")
     if body.get("stream"):
-        raise Refused(400, "this server does not stream; leave stream out", "unsupported_value")
+        raise ErrorResponse(400, "this server does not stream; leave stream out", "unsupported_value")
     return body
 
 
-class World:
+class WorldServer:
     """The request handlers and their counts."""
 
     def __init__(self, options: ServerOptions) -> None:
@@ -137,7 +137,7 @@ class World:
     async def models(self, request: web.Request) -> web.Response:
         try:
             self.check_key(request)
-        except Refused as refused:
+        except ErrorResponse as refused:
             return refused.response
         return web.json_response(model_list(MODELS))
 
@@ -150,7 +150,7 @@ class World:
             self.crowded.set()
         try:
             response = await self.completion(request)
-        except Refused as refused:
+        except ErrorResponse as refused:
             response = refused.response
         finally:
             counts.in_flight -= 1
@@ -158,7 +158,7 @@ class World:
         return response
 
     async def completion(self, request: web.Request) -> web.Response:
-        """One chat completion, or Refused. The order is a real endpoint's: key, limits, body, faults, answer."""
+        """One chat completion, or ErrorResponse. The order is a real endpoint's: key, limits, body, faults, answer."""
         self.check_key(request)
         options, counts = self.options, self.counts
         if options.cap is not None and counts.in_flight > options.cap:
@@ -180,14 +180,14 @@ class World:
     def check_key(self, request: web.Request) -> None:
         key = self.options.api_key
         if key is not None and request.headers.get("Authorization") != f"Bearer {key}":
-            raise Refused(401, "Incorrect API key provided.", "invalid_api_key")
+            raise ErrorResponse(401, "Incorrect API key provided.", "invalid_api_key")
 
-    def too_many(self, why: str) -> Refused:
-        return Refused(
+    def too_many(self, why: str) -> ErrorResponse:
+        return ErrorResponse(
             429, f"Rate limit reached: {why}.", "rate_limit_exceeded", {"Retry-After": f"{self.options.retry_after:g}"}
         )
 
-    def fail_as_planned(self, body_id: str, planned: Plan) -> None:
+    def fail_as_planned(self, body_id: str, planned: ReplyPlan) -> None:
         """Raise Refused for the first attempts at a body that is planned to fail; later attempts succeed."""
         if planned.transport is None:
             return
@@ -197,20 +197,20 @@ class World:
         self.counts.misbehaviours[planned.transport] += 1
         if planned.transport == "too_many":
             raise self.too_many("too many requests per minute")
-        raise Refused(500, "The server had an error while processing your request.", "server_error")
+        raise ErrorResponse(500, "The server had an error while processing your request.", "server_error")
 
-    def result(self, body: dict[str, Any], body_id: str, planned: Plan) -> dict[str, Any]:
+    def result(self, body: dict[str, Any], body_id: str, planned: ReplyPlan) -> dict[str, Any]:
         """The chat.completion object. Tokens are counted as four characters each."""
         try:
             turns = user_texts(body["messages"])
         except (ValueError, AttributeError) as error:
-            raise Refused(400, str(error), "invalid_messages") from None
+            raise ErrorResponse(400, str(error), "invalid_messages") from None
         count, seed = body.get("n") or 1, self.options.seed
         if body["model"] in ("world-target", "world-stronger"):
             ids = [f"{body_id}-{n}" if n else body_id for n in range(count)]
             replies = [answer(turns[-1], seed, id, stronger=body["model"] == "world-stronger") for id in ids]
             if body.get("tools") and (tool_call := call(turns[-1], seed, body_id)):
-                replies = [Reply("", "tool_calls", tool_calls=(tool_call,))] * count
+                replies = [ServedReply("", "tool_calls", tool_calls=(tool_call,))] * count
         elif SCORE in turns[0] or body["model"] == "world-second-judge":
             second = body["model"] == "world-second-judge"
             replies = [score(turns, planned, seed=seed, body=body_id, second=second)] * count
@@ -232,7 +232,7 @@ def model_list(models: Sequence[str]) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-def completion_object(body: dict[str, Any], body_id: str, replies: list[Reply]) -> dict[str, Any]:
+def completion_object(body: dict[str, Any], body_id: str, replies: list[ServedReply]) -> dict[str, Any]:
     """OpenAI's chat.completion object around these replies."""
     choices = [
         {
@@ -313,7 +313,7 @@ def parse_options(arguments: list[str] | None = None) -> ServerOptions:
 
 def main() -> None:
     options = parse_options()
-    run_server(World(options).app(), options.port, options.max_seconds)
+    run_server(WorldServer(options).app(), options.port, options.max_seconds)
 
 
 if __name__ == "__main__":

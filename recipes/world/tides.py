@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from recipes.world.reviser import SOLUTION, Plan, Reply, read_request, share, written
+from recipes.world.reviser import SOLUTION, ReplyPlan, ServedReply, read_request, share, written
 
 PORTS = ("Brest", "Calais", "Dover", "Esbjerg", "Galway")
 TOOL = {
@@ -53,7 +53,7 @@ def call(text: str, seed: int, body: str) -> dict[str, Any] | None:
     return {"id": f"call-{body}", "type": "function", "function": function}
 
 
-def revise_call(turns: list[str], planned: Plan) -> Reply | None:
+def revise_call(turns: list[str], planned: ReplyPlan) -> ServedReply | None:
     """The reviser's reply to a request whose solution calls the tool; None to any other."""
     request = read_request(turns[0])
     arguments = right_arguments(request.task) if request else None

@@ -17,7 +17,7 @@ Indices = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
-class Comparisons:
+class ToyComparisons:
     """Comparisons of users: user[i] prefers chosen[i] to rejected[i], both [n, D]; prompt is [n, C] or None.
 
     `group` [U] is the true group of each user, which no method may read.
@@ -37,15 +37,15 @@ def _sphere(rng: np.random.Generator, *shape: int) -> Array:
 
 def _compared(
     rng: np.random.Generator, items: Array, utility: Array, user: Indices, group: Indices, noise: float
-) -> Comparisons:
+) -> ToyComparisons:
     """Pairs of `items` [n, 2, D]: the item of larger `utility` [n, 2] is chosen, except in a share `noise` of pairs."""
     left = (utility[:, 0] > utility[:, 1]) != (rng.random(len(items)) < noise)
     chosen = np.where(left[:, None], items[:, 0], items[:, 1])
     rejected = np.where(left[:, None], items[:, 1], items[:, 0])
-    return Comparisons(chosen, rejected, user, group)
+    return ToyComparisons(chosen, rejected, user, group)
 
 
-def ideal_points(points: Array, users: int, pairs: int, seed: int, *, noise: float = 0.0) -> Comparisons:
+def ideal_points(points: Array, users: int, pairs: int, seed: int, *, noise: float = 0.0) -> ToyComparisons:
     """Users who prefer the item nearer to their ideal point, points[u mod K]; items are uniform on the unit sphere."""
     rng = np.random.default_rng(seed)
     group = np.arange(users) % len(points)
@@ -55,7 +55,9 @@ def ideal_points(points: Array, users: int, pairs: int, seed: int, *, noise: flo
     return _compared(rng, items, -distance, user, group, noise)
 
 
-def bimodal(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0.0, dimensions: int = 8) -> Comparisons:
+def bimodal(
+    users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0.0, dimensions: int = 8
+) -> ToyComparisons:
     """Two groups with opposite ideal points, a and -a.
 
     On a sphere |x - a|^2 = 2 - 2 x.a, so one group's labels are the exact negation of the other's and the best that a
@@ -65,13 +67,13 @@ def bimodal(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0
     return ideal_points(np.stack([a, -a]), users, pairs, seed, noise=noise)
 
 
-def shared_taste(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0.0) -> Comparisons:
+def shared_taste(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0.0) -> ToyComparisons:
     """The control: all users share the ideal point of one half of `bimodal`."""
     a = _sphere(np.random.default_rng(20_000), 8)
     return ideal_points(a[None], users, pairs, seed, noise=noise)
 
 
-def by_prompt(users: int = 60, pairs: int = 50, seed: int = 0) -> Comparisons:
+def by_prompt(users: int = 60, pairs: int = 50, seed: int = 0) -> ToyComparisons:
     """Ideal points that depend on the prompt: Q c for one group and -Q c for the other, Q a fixed rotation."""
     rng = np.random.default_rng(seed)
     rotation = np.linalg.qr(np.random.default_rng(20_001).standard_normal((8, 8)))[0]
@@ -81,10 +83,10 @@ def by_prompt(users: int = 60, pairs: int = 50, seed: int = 0) -> Comparisons:
     items = _sphere(rng, users * pairs, 2, 8)
     ideal = (prompt @ rotation.T) * np.where(group[user] == 0, 1.0, -1.0)[:, None]
     comparisons = _compared(rng, items, (items * ideal[:, None]).sum(-1), user, group, 0.0)
-    return Comparisons(comparisons.chosen, comparisons.rejected, user, group, prompt)
+    return ToyComparisons(comparisons.chosen, comparisons.rejected, user, group, prompt)
 
 
-def four_types(users: int, pairs: int, seed: int = 0) -> Comparisons:
+def four_types(users: int, pairs: int, seed: int = 0) -> ToyComparisons:
     """Four types of user, each preferring a high value of one coordinate; items are N(0, I) in 8 dimensions."""
     rng = np.random.default_rng(seed)
     group = np.arange(users) % 4

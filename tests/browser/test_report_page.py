@@ -10,7 +10,7 @@ import pytest
 from clair.data.dataset import read_rows
 from clair.reporting.dataset_report import report
 from clair.reporting.review import apply_decisions, read_decisions
-from clair.reporting.sampling import METRICS, Rows
+from clair.reporting.sampling import METRICS, PairColumns
 from tests.browser.conftest import DROPS, PAIRS, visit
 from tests.browser.synthetic import DROPS as DROPPED
 from tests.browser.synthetic import INJECTIONS, OTHER_TEXTS, synthetic_pairs, write_dataset
@@ -20,9 +20,9 @@ STRANGE = len(INJECTIONS) + len(OTHER_TEXTS)
 
 
 @pytest.fixture(scope="module")
-def rows(folder) -> Rows:
+def rows(folder) -> PairColumns:
     """The pairs as the page has them, in the order of the files."""
-    rows_read = Rows()
+    rows_read = PairColumns()
     for split in ("train", "test"):
         for row in read_rows(folder, [split]):
             rows_read.add(row, split, lambda _: True)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from random import Random
 from typing import Any
 
-from recipes.experiments.paper_mini.analysis import Results
+from recipes.experiments.paper_mini.analysis import DesignResults
 from recipes.experiments.paper_mini.design import NAMES, Design, Run, due, worlds_needed
 from recipes.experiments.paper_mini.worlds import sets_of, world_of
 
@@ -60,7 +60,7 @@ def _nats(run: Run) -> float:
     return -size if run.objective == "dpo" else size
 
 
-def all_results(design: Design, names: Iterable[Any] = NAMES, accuracy: Accuracy = as_the_paper_says) -> Results:
+def all_results(design: Design, names: Iterable[Any] = NAMES, accuracy: Accuracy = as_the_paper_says) -> DesignResults:
     """All worlds and runs of these designs."""
     rows: dict[str, Any] = {}
     worlds: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def all_results(design: Design, names: Iterable[Any] = NAMES, accuracy: Accuracy
         worlds |= {world: _world(world) for world in worlds_needed(name, design)}
         while runs := due(name, design, PASSED, rows):
             rows |= finished(runs, accuracy)
-    return Results(design, worlds, rows)
+    return DesignResults(design, worlds, rows)
 
 
 def _world(name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from apo.evaluation.ifeval.checkers import check_instruction, instruction_types
 from clair.core.errors import UserError
 from clair.core.files import read_json
 from clair.data.dataset import read_manifest, read_rows
-from clair.data.deduplication import Benchmark
+from clair.data.deduplication import BenchmarkQuestions
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig
 from recipes.experiments.real_model import model, table
@@ -207,7 +207,7 @@ def test_prompts_have_no_unseen_type_and_share_no_task_and_none_is_the_benchmark
 def test_real_prompts_are_as_many_as_said_and_none_is_near_the_benchmark(shared, tmp_path):
     write_prompts(shared / "data", tmp_path, experiment.WHOLE.prompts)
     questions = (shared / "data/ifeval/input_data.jsonl").read_text("utf-8").splitlines()
-    benchmark = Benchmark(json.loads(line)["prompt"] for line in questions)
+    benchmark = BenchmarkQuestions(json.loads(line)["prompt"] for line in questions)
     unseen = unseen_types(SEED)
     for split, count in experiment.WHOLE.prompts.items():
         rows = read_prompts(tmp_path, split)

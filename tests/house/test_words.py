@@ -101,3 +101,39 @@ def test_names_are_made_of_this_fields_words(folder):
         report.append(f"{count:4} {path}:{next(text for name, text in matches if name == path)}")
     print("\n".join(report))
     assert share < LIMITS[folder], "\n".join(report)
+
+
+def bound_types(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """The name of every class and every alias of a type (`Row = tuple[int, str]`), and if it is a class.
+
+    A type variable belongs to the functions of its module, and is left out.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield node.name, True
+    for node in tree.body:
+        if not isinstance(node, ast.Assign) or ast.unparse(node.value).startswith("TypeVar"):
+            continue
+        yield from (
+            (ast.unparse(target), False) for target in node.targets if re.match(r"_?[A-Z]\w*[a-z]", ast.unparse(target))
+        )
+
+
+def test_no_class_has_the_name_of_another_class_or_type():
+    bound: dict[str, list[tuple[str, bool]]] = {}
+    for folder in ("clair", "apo", "recipes"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for name, is_class in bound_types(ast.parse(file.read_text("utf-8"))):
+                bound.setdefault(name, []).append((str(file.relative_to(ROOT)), is_class))
+    assert len(bound) > 300
+    twice = {
+        name: sorted(f for f, _ in all_) for name, all_ in bound.items() if len(all_) > 1 and any(c for _, c in all_)
+    }
+    assert twice == {}
+
+
+@pytest.mark.parametrize("second", ["class Row: ...", "Row = tuple[int, str]"])
+def test_a_class_and_a_type_of_one_name_are_both_seen(second):
+    types = [*bound_types(ast.parse("class Row: ...")), *bound_types(ast.parse(second))]
+    assert [name for name, _ in types] == ["Row", "Row"]
+    assert list(bound_types(ast.parse("Row = TypeVar('Row')\nROWS = 3\nrow = 2"))) == []

@@ -28,7 +28,7 @@ from clair.core.provenance import provenance
 from clair.core.statistics import MIN_DIFFERING, best_of, clustered_score, holm, paired_difference
 
 FORMAT = 1
-Selection = tuple[str, str | None, str | None, list[ComparedRow]]
+Section = tuple[str, str | None, str | None, list[ComparedRow]]
 
 
 def comparison(
@@ -86,7 +86,7 @@ def _same_answers(base: Results, tuned: Results) -> bool:
     return all(texts.get(item.key) == item.response for item in tuned.items)
 
 
-def _sections(rows: Sequence[ComparedRow]) -> Iterator[Selection]:
+def _sections(rows: Sequence[ComparedRow]) -> Iterator[Section]:
     """Yield (level, split, benchmark, rows) of all rows, then of each split, followed by its benchmarks.
 
     Sections without a row that all models answered are left out.
@@ -101,7 +101,7 @@ def _sections(rows: Sequence[ComparedRow]) -> Iterator[Selection]:
             yield "benchmark", split, benchmark, [row for row in split_rows if row.benchmark == benchmark]
 
 
-def _ifeval_sections(rows: Sequence[ComparedRow], groups: Mapping[str, Sequence[str]]) -> Iterator[Selection]:
+def _ifeval_sections(rows: Sequence[ComparedRow], groups: Mapping[str, Sequence[str]]) -> Iterator[Section]:
     """Yield (level, measure, group or type, rows) of each measure, prompts first, then of each group and type.
 
     The overall score is the loose one of prompts. Groups and types have loose scores; groups are on the level of

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from apo.evaluation.answers import Answer
+from apo.evaluation.answers import RowAnswer
 from apo.evaluation.ifeval.checkers import check_instruction
 from clair.core.errors import UserError
 from clair.core.files import content_hash
@@ -77,7 +77,7 @@ def _parse(number: int, value: Any) -> IFEvalRow:
     return IFEvalRow(number, key, prompt, tuple(names), tuple(kwargs_list))
 
 
-def read_responses(path: str, rows: Sequence[IFEvalRow]) -> list[Answer[IFEvalRow]]:
+def read_responses(path: str, rows: Sequence[IFEvalRow]) -> list[RowAnswer[IFEvalRow]]:
     """Read existing answers, rows of `prompt` and `response`. A prompt without one has an empty, unresolved answer.
 
     Raises UserError if a prompt has two answers, or if no answer is to one of the prompts.
@@ -91,7 +91,7 @@ def read_responses(path: str, rows: Sequence[IFEvalRow]) -> list[Answer[IFEvalRo
             raise UserError(f"{location}: this prompt has an answer already; leave one of them")
         texts[prompt] = visible_answer(text)
     answers = [
-        Answer(row, texts[row.text]) if row.text in texts else Answer(row, "", unresolved=MISSING) for row in rows
+        RowAnswer(row, texts[row.text]) if row.text in texts else RowAnswer(row, "", unresolved=MISSING) for row in rows
     ]
     if all(answer.unresolved for answer in answers):
         raise UserError(f"{path} answers none of the {len(rows)} prompts; `prompt` has to equal theirs, word for word")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from apo.evaluation.answers import Answer, check_folder_and_models
+from apo.evaluation.answers import RowAnswer, check_folder_and_models
 from apo.evaluation.config import BenchmarkConfig, with_batch_tokens
 from apo.evaluation.ifeval.benchmark import IFEvalRow, read_benchmark, read_responses
 from apo.evaluation.ifeval.checkers import instruction_types
@@ -43,7 +43,7 @@ class IFEvalInputs:
     """The checked inputs of an evaluation. `ready_answers` are existing responses; None: the model answers."""
 
     rows: Sequence[IFEvalRow]
-    ready_answers: Sequence[Answer[IFEvalRow]] | None
+    ready_answers: Sequence[RowAnswer[IFEvalRow]] | None
 
 
 def load_inputs(config: IFEvalConfig) -> IFEvalInputs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apo.evaluation.answers import Answer, Answerer, AnswerRequest, usage_of
+from apo.evaluation.answers import Answerer, AnswerRequest, RowAnswer, usage_of
 from apo.evaluation.config import Outcome, evaluation_clients, resumable_ledger
 from apo.evaluation.ifeval.benchmark import IFEvalRow
 from apo.evaluation.ifeval.checkers import checker_versions
@@ -18,7 +18,7 @@ from apo.evaluation.intervals import score_headline
 from apo.evaluation.records.benchmark import Role, Usage
 from apo.evaluation.records.ifeval import IFEvalItem, IFEvalScore
 from apo.evaluation.results import read_results, write_results
-from apo.evaluation.rows import Progress, collect_results
+from apo.evaluation.rows import OnProgress, collect_results
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.files import content_hash
@@ -53,7 +53,7 @@ class IFEvalOutcome(Outcome):
 
 
 def evaluate(
-    config: IFEvalConfig, *, inputs: IFEvalInputs | None = None, on_progress: Progress | None = None
+    config: IFEvalConfig, *, inputs: IFEvalInputs | None = None, on_progress: OnProgress | None = None
 ) -> IFEvalOutcome:
     """Run an evaluation, reusing the replies in its ledger, and write the result folder.
 
@@ -65,7 +65,9 @@ def evaluate(
         return run_async(_evaluate(config, inputs, ledger, on_progress or (lambda *_: None)))
 
 
-async def _evaluate(config: IFEvalConfig, inputs: IFEvalInputs, ledger: Ledger, on_progress: Progress) -> IFEvalOutcome:
+async def _evaluate(
+    config: IFEvalConfig, inputs: IFEvalInputs, ledger: Ledger, on_progress: OnProgress
+) -> IFEvalOutcome:
     started, stop, out = time.monotonic(), StopSignal(), Path(config.out)
     async with evaluation_clients(config, ledger, stop) as clients:
         run = IFEvalRun(config, inputs, clients, stop)
@@ -77,7 +79,7 @@ async def _evaluate(config: IFEvalConfig, inputs: IFEvalInputs, ledger: Ledger, 
     return IFEvalOutcome(out=out, score=score, refused=refused)
 
 
-def work_items(config: IFEvalConfig, inputs: IFEvalInputs) -> list[Answer[IFEvalRow] | AnswerRequest[IFEvalRow]]:
+def work_items(config: IFEvalConfig, inputs: IFEvalInputs) -> list[RowAnswer[IFEvalRow] | AnswerRequest[IFEvalRow]]:
     """Every item: a ready answer, or the request for one. Equal prompts share an answer with the same number."""
     if inputs.ready_answers is not None:
         return list(inputs.ready_answers)
@@ -99,7 +101,7 @@ class IFEvalRun:
     def __post_init__(self) -> None:
         self.answerer = Answerer(self.clients.get("model"), self.config.system, self.stop)
 
-    async def items(self, on_progress: Progress) -> list[IFEvalItem]:
+    async def items(self, on_progress: OnProgress) -> list[IFEvalItem]:
         """The finished items; incomplete if the run stops or requests fail. Longest prompts first for a local model."""
         work = self.answerer.fill_batches(work_items(self.config, self.inputs), lambda item: item.row)
         items = await collect_results(
@@ -109,7 +111,7 @@ class IFEvalRun:
             raise UserError(f"the model answered nothing: {self.answerer.refusals[0]}")
         return items
 
-    async def _item(self, work: Answer[IFEvalRow] | AnswerRequest[IFEvalRow]) -> IFEvalItem:
+    async def _item(self, work: RowAnswer[IFEvalRow] | AnswerRequest[IFEvalRow]) -> IFEvalItem:
         return make_item(await self.answerer.answer(work))
 
     def write(self, items: Sequence[IFEvalItem], seconds: float) -> IFEvalScore:

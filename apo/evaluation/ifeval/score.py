@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from apo.evaluation.answers import Answer
+from apo.evaluation.answers import RowAnswer
 from apo.evaluation.ifeval.benchmark import IFEvalRow
 from apo.evaluation.ifeval.checkers import follows
 from apo.evaluation.intervals import score_interval
 from apo.evaluation.records.ifeval import MEASURES, IFEvalItem, Instruction, InstructionScore
 
 
-def make_item(answer: Answer[IFEvalRow]) -> IFEvalItem:
+def make_item(answer: RowAnswer[IFEvalRow]) -> IFEvalItem:
     """The line of items.jsonl. What has no answer follows no instruction."""
     row = answer.row
     text = answer.text if answer.unresolved is None else ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apo.evaluation.answers import Answer, AnswerRequest
+from apo.evaluation.answers import AnswerRequest, RowAnswer
 from apo.evaluation.mixeval.benchmark import Benchmark, BenchmarkRow
 from apo.evaluation.records.mixeval import SPLITS, Split
 from clair.core.errors import UserError
@@ -36,12 +36,12 @@ def answer_requests(benchmark: Benchmark, samples: int, *, greedy: bool) -> list
 # ---- response files
 
 
-def read_responses(folder: str | Path, benchmark: Benchmark) -> list[Answer]:
+def read_responses(folder: str | Path, benchmark: Benchmark) -> list[RowAnswer]:
     """Read existing answers in the benchmark's row format: free-form first, each split in the order of its file.
 
     Raises UserError for a row that is missing, occurs twice, or differs from the benchmark's row.
     """
-    answers: list[Answer] = []
+    answers: list[RowAnswer] = []
     for split in SPLITS:
         file = _response_file(Path(folder), split, benchmark)
         rows = {str(row.row): row for row in benchmark.rows[split]}
@@ -58,7 +58,7 @@ def read_responses(folder: str | Path, benchmark: Benchmark) -> list[Answer]:
             lines[name] = number
             if name in rows:
                 answers.append(
-                    Answer(_check_row(rows[name], value, file, number, benchmark), visible_answer(value["response"]))
+                    RowAnswer(_check_row(rows[name], value, file, number, benchmark), visible_answer(value["response"]))
                 )
         missing = [name for name in rows if name not in lines]
         if missing:

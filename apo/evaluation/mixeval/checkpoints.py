@@ -15,7 +15,7 @@ from typing import Any
 
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs
 from apo.evaluation.mixeval.run import MixEvalOutcome, evaluate
-from apo.evaluation.rows import Progress
+from apo.evaluation.rows import OnProgress
 from clair.cluster.ray_session import check_no_servers, connected
 from clair.cluster.worker import enter_driver_environment
 from clair.core.errors import EXIT_USER_ERROR, UserError
@@ -33,7 +33,7 @@ def evaluate_each(
     *,
     ray: bool = False,
     address: str | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Iterator[tuple[MixEvalConfig, MixEvalOutcome]]:
     """Yield each finished evaluation, one after the other; with `ray` the answers come from a cluster, in any order.
 

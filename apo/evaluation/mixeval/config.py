@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from apo.evaluation.answers import Answer, check_folder_and_models
+from apo.evaluation.answers import RowAnswer, check_folder_and_models
 from apo.evaluation.config import BenchmarkConfig, with_batch_tokens
 from apo.evaluation.mixeval.answers import read_responses
 from apo.evaluation.mixeval.benchmark import VERSIONS, Benchmark, HardOrFull, JudgePrompts, load, load_judge_prompts
@@ -55,7 +55,7 @@ class MixEvalInputs:
 
     benchmark: Benchmark
     judge_prompts: JudgePrompts | None
-    ready_answers: Sequence[Answer] | None
+    ready_answers: Sequence[RowAnswer] | None
 
 
 def load_inputs(config: MixEvalConfig) -> MixEvalInputs:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apo.evaluation.answers import Answer, AnswerRequest, messages_for
+from apo.evaluation.answers import AnswerRequest, RowAnswer, messages_for
 from apo.evaluation.config import resumable_ledger
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
 from apo.evaluation.mixeval.run import MixEvalRun, work_items
-from apo.evaluation.rows import Progress
+from apo.evaluation.rows import OnProgress
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.files import content_hash
@@ -27,7 +27,7 @@ class _Request:
     """A distinct item of work with the length in bytes of each role's request."""
 
     index: int
-    item: Answer | AnswerRequest
+    item: RowAnswer | AnswerRequest
     sizes: dict[str, int]
 
 
@@ -35,7 +35,7 @@ def estimate(
     config: MixEvalConfig,
     probe: int = 0,
     inputs: MixEvalInputs | None = None,
-    on_progress: Progress = lambda *_: None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> dict[str, RoleEstimate]:
     """Estimate the cost of the whole evaluation by role, paid replies included; runs and pays for `probe` items first.
 
@@ -55,7 +55,7 @@ def estimate(
 
 
 async def _probed(
-    config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, probe: int, on_progress: Progress
+    config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, probe: int, on_progress: OnProgress
 ) -> dict[str, RoleEstimate]:
     stop = StopSignal()
     async with running_clients(config, ledger, stop) as clients:
@@ -78,12 +78,12 @@ async def _probed(
 
 
 def _units(
-    config: MixEvalConfig, inputs: MixEvalInputs, work: Sequence[tuple[int, Answer | AnswerRequest]]
+    config: MixEvalConfig, inputs: MixEvalInputs, work: Sequence[tuple[int, RowAnswer | AnswerRequest]]
 ) -> list[_Request]:
     """The distinct items of work of an evaluation."""
     units: dict[str, _Request] = {}
     for index, item in work:
-        text = item.text if isinstance(item, Answer) else ""
+        text = item.text if isinstance(item, RowAnswer) else ""
         sizes = {"model": max_billed_tokens({"messages": messages_for(item.row, config.system)}).prompt}
         name: list[object] = [item.row.text, item.draw] if isinstance(item, AnswerRequest) else []
         if inputs.judge_prompts is not None:

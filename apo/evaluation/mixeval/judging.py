@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from apo.evaluation.answers import Answer
+from apo.evaluation.answers import RowAnswer
 from apo.evaluation.config import is_transient
 from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts
 from apo.evaluation.mixeval.rules import chosen_letter, is_right
@@ -107,7 +107,7 @@ def _unreadable_reason(reply: Reply, row: BenchmarkRow) -> str:
     return "lower_case" if row.options and _LOWER_CASE.search(reply.text) else "no_brackets"
 
 
-def judge_by_rule(answer: Answer, profile: Profile) -> JudgeResult:
+def judge_by_rule(answer: RowAnswer, profile: Profile) -> JudgeResult:
     """The verdict of the benchmark's rule parser. *strict* also reads numbers that the benchmark's parser misses."""
     row = answer.row
     if not row.options:
@@ -119,7 +119,7 @@ def judge_by_rule(answer: Answer, profile: Profile) -> JudgeResult:
 
 
 @dataclass
-class Judge:
+class MixEvalJudge:
     """A model that judges. `independent` names a run that shares no replies; None: equal requests share one."""
 
     client: ModelClient
@@ -132,7 +132,7 @@ class Judge:
     distinct: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(prompt, completion) tokens of each distinct request that was answered, by hash."""
 
-    async def judge(self, answer: Answer, repeat: int = 0) -> JudgeResult:
+    async def judge(self, answer: RowAnswer, repeat: int = 0) -> JudgeResult:
         """Send requests until there is a verdict, in at most the profile's rounds. Raises Dropped without a reply.
 
         Each `repeat` has requests of its own; the first shares those of an evaluation.
@@ -167,14 +167,14 @@ class Judge:
                 break
         return judged
 
-    def _first_sample(self, answer: Answer) -> int:
+    def _first_sample(self, answer: RowAnswer) -> int:
         """The ledger's sample number of the first round: 0, or one of this run and answer if `independent`."""
         if self.independent is None:
             return 0
         return ROUNDS["faithful"] * (1 + int(content_hash([self.independent, answer.name, answer.sample])[:12], 16))
 
 
-def make_item(answer: Answer, judged: JudgeResult) -> MixEvalItem:
+def make_item(answer: RowAnswer, judged: JudgeResult) -> MixEvalItem:
     """The line of items.jsonl. Without a verdict the score is 0."""
     row, verdict = answer.row, judged.verdict
     return MixEvalItem(

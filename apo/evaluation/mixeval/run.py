@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apo.evaluation.answers import Answer, Answerer, AnswerRequest, usage_of, without_headers
+from apo.evaluation.answers import Answerer, AnswerRequest, RowAnswer, usage_of, without_headers
 from apo.evaluation.config import Outcome, evaluation_clients, resumable_ledger
 from apo.evaluation.intervals import score_headline
 from apo.evaluation.mixeval.answers import answer_requests
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
-from apo.evaluation.mixeval.judging import Judge, JudgeResult, Verdict, judge_by_rule, make_item, with_fallbacks
+from apo.evaluation.mixeval.judging import JudgeResult, MixEvalJudge, Verdict, judge_by_rule, make_item, with_fallbacks
 from apo.evaluation.mixeval.score import aggregate
 from apo.evaluation.mixeval.upstream import write_upstream_files
 from apo.evaluation.records.benchmark import Role, Usage
 from apo.evaluation.records.mixeval import JudgeUsed, MixEvalItem, MixEvalScore
 from apo.evaluation.results import read_results, write_results
-from apo.evaluation.rows import Progress, collect_results
+from apo.evaluation.rows import OnProgress, collect_results
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.provenance import provenance
@@ -57,7 +57,7 @@ def evaluate(
     config: MixEvalConfig,
     *,
     inputs: MixEvalInputs | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     resources: Resources | None = None,
 ) -> MixEvalOutcome:
     """Run an evaluation, reusing the replies in its ledger, and write the result folder.
@@ -72,7 +72,7 @@ def evaluate(
 
 
 async def _evaluate(
-    config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, on_progress: Progress, resources: Resources | None
+    config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, on_progress: OnProgress, resources: Resources | None
 ) -> MixEvalOutcome:
     started, stop, out = time.monotonic(), StopSignal(), Path(config.out)
     async with evaluation_clients(config, ledger, stop, resources) as clients:
@@ -86,7 +86,7 @@ async def _evaluate(
     return MixEvalOutcome(out=out, score=score, requests=requests, refused=refused[0] if score.unanswered else "")
 
 
-def work_items(config: MixEvalConfig, inputs: MixEvalInputs) -> list[tuple[int, Answer | AnswerRequest]]:
+def work_items(config: MixEvalConfig, inputs: MixEvalInputs) -> list[tuple[int, RowAnswer | AnswerRequest]]:
     """(index in the result, ready answer or request for one) of every item to judge."""
     if inputs.ready_answers is not None:
         return list(enumerate(inputs.ready_answers))
@@ -116,7 +116,7 @@ class MixEvalRun:
     stop: StopSignal
     failures: list[str] = field(default_factory=list)
     """Why items got no reply that another run may get."""
-    judge: Judge | None = field(init=False, default=None)
+    judge: MixEvalJudge | None = field(init=False, default=None)
     answerer: Answerer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,18 +124,20 @@ class MixEvalRun:
         if self.inputs.judge_prompts is not None:
             whose = self.clients["model"].model.identity if "model" in self.clients else self.config.out
             independent = whose if self.config.independent_judgements else None
-            self.judge = Judge(self.clients["judge"], self.inputs.judge_prompts, self.config.profile, independent)
+            self.judge = MixEvalJudge(
+                self.clients["judge"], self.inputs.judge_prompts, self.config.profile, independent
+            )
 
-    def work(self) -> list[tuple[int, Answer | AnswerRequest]]:
+    def work(self) -> list[tuple[int, RowAnswer | AnswerRequest]]:
         """All items of work; longest questions first for a local model."""
         return self.answerer.fill_batches(work_items(self.config, self.inputs), lambda indexed: indexed[1].row)
 
     async def items(
-        self, work: Sequence[tuple[int, Answer | AnswerRequest]], on_progress: Progress
+        self, work: Sequence[tuple[int, RowAnswer | AnswerRequest]], on_progress: OnProgress
     ) -> list[MixEvalItem]:
         """The finished items in the order of their indexes; incomplete if the run stops or requests fail."""
 
-        async def run_item(indexed: tuple[int, Answer | AnswerRequest]) -> tuple[int, MixEvalItem]:
+        async def run_item(indexed: tuple[int, RowAnswer | AnswerRequest]) -> tuple[int, MixEvalItem]:
             return indexed[0], await self._item(indexed[1])
 
         items = await collect_results(
@@ -145,7 +147,7 @@ class MixEvalRun:
             raise UserError(f"the model answered nothing: {self.answerer.refusals[0]}")
         return [item for _, item in sorted(items, key=lambda indexed: indexed[0])]
 
-    async def _item(self, work: Answer | AnswerRequest) -> MixEvalItem:
+    async def _item(self, work: RowAnswer | AnswerRequest) -> MixEvalItem:
         response = await self.answerer.answer(work)
         if response.unresolved is not None:
             return make_item(response, JudgeResult(Verdict(None, unresolved=response.unresolved)))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from apo.evaluation.intervals import score_interval
-from apo.evaluation.records.benchmark import Interval
+from apo.evaluation.records.benchmark import ScoreInterval
 from apo.evaluation.records.mixeval import SPLITS, MixEvalItem, Profile, SubsetScore
 
 _DECIMALS = 3
@@ -44,7 +44,7 @@ def aggregate(items: Sequence[MixEvalItem], profile: Profile) -> dict[str, Any]:
     }
 
 
-def interval(items: Sequence[MixEvalItem], profile: Profile = "faithful") -> Interval:
+def interval(items: Sequence[MixEvalItem], profile: Profile = "faithful") -> ScoreInterval:
     """The uncertainty of the mean of items. Fields are None if there are too few items or one is `unanswered`.
 
     The bracket covers unresolved items, under *strict* also answers that were cut off.

@@ -55,7 +55,7 @@ class BenchmarkItem(Recipe):
         return self.unresolved is not None and self.unresolved.startswith(refused)
 
 
-class Interval(Recipe):
+class ScoreInterval(Recipe):
     """The uncertainty of a mean over items, in shares. `mean` is never rounded.
 
     If an item is `unanswered`, only `bracket` is known and the rest is None.

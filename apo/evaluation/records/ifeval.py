@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from apo.evaluation.records.benchmark import BenchmarkItem, BenchmarkScore, Interval, Scored
+from apo.evaluation.records.benchmark import BenchmarkItem, BenchmarkScore, Scored, ScoreInterval
 from clair.core.recipe import Recipe
 
 Measure = Literal["prompt_loose", "prompt_strict", "instruction_loose", "instruction_strict"]
@@ -95,8 +95,8 @@ class IFEvalItem(BenchmarkItem):
 class InstructionScore(Recipe):
     """How many instructions of some types are followed."""
 
-    loose: Interval
-    strict: Interval
+    loose: ScoreInterval
+    strict: ScoreInterval
 
 
 class IFEvalScore(BenchmarkScore):
@@ -109,7 +109,7 @@ class IFEvalScore(BenchmarkScore):
     instruction_loose: float | None
     """The share of instructions that are followed."""
     instruction_strict: float | None
-    intervals: Mapping[Measure, Interval]
+    intervals: Mapping[Measure, ScoreInterval]
     by_type: Mapping[str, InstructionScore]
     groups: Mapping[str, tuple[str, ...]] = {}
     """Groups of instruction types, by name, as in the recipe."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from apo.evaluation.records.benchmark import BenchmarkItem, BenchmarkScore, Interval, Scored
+from apo.evaluation.records.benchmark import BenchmarkItem, BenchmarkScore, Scored, ScoreInterval
 from clair.core.recipe import Recipe
 
 MAX_NEW_TOKENS = 512
@@ -99,7 +99,7 @@ class MixEvalScore(BenchmarkScore):
     free_form: float | None
     multiple_choice: float | None
     by_benchmark: Mapping[Split, Mapping[str, SubsetScore]]
-    intervals: Mapping[Literal["overall", "free_form", "multiple_choice"], Interval]
+    intervals: Mapping[Literal["overall", "free_form", "multiple_choice"], ScoreInterval]
     fallbacks: int
     shared_judgements: bool
     """True if equal judge requests were sent once and share their reply."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import Field, model_validator
 
-from apo.evaluation.answers import Answer
+from apo.evaluation.answers import RowAnswer
 from apo.evaluation.config import EvaluationConfig, check_result_folder
 from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts, load, load_judge_prompts
 from apo.evaluation.mixeval.judging import with_profile
@@ -55,7 +55,7 @@ class StabilityConfig(EvaluationConfig):
 class StabilityInputs:
     """The answers to judge, by model; those that a server refused are left out of both, and counted."""
 
-    answers: Mapping[str, list[Answer[BenchmarkRow]]]
+    answers: Mapping[str, list[RowAnswer[BenchmarkRow]]]
     judge_prompts: JudgePrompts
     names: Mapping[str, str]
     left_out: int
@@ -87,7 +87,7 @@ def load_inputs(config: StabilityConfig) -> StabilityInputs:
     if not shared:
         raise UserError(f"{config.base} and {config.tuned} have no answers to the same rows; evaluate both on the same")
     answers = {
-        side: [Answer(rows[key[0], key[1]], items[side][key].response, key[2]) for key in shared] for side in SIDES
+        side: [RowAnswer(rows[key[0], key[1]], items[side][key].response, key[2]) for key in shared] for side in SIDES
     }
     names = {side: score.model.name for side, score in scores.items()}
     return StabilityInputs(answers, load_judge_prompts(config.data), names, len(items["base"]) - len(shared))

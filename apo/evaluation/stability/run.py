@@ -12,8 +12,8 @@ from typing import Any
 
 from apo.evaluation.answers import model_used, usage_of
 from apo.evaluation.config import Outcome, evaluation_clients, redacted, resumable_ledger
-from apo.evaluation.mixeval.judging import Judge, JudgeResult
-from apo.evaluation.rows import Progress, collect_results
+from apo.evaluation.mixeval.judging import JudgeResult, MixEvalJudge
+from apo.evaluation.rows import OnProgress, collect_results
 from apo.evaluation.stability.config import RESULT, ROWS, SIDES, StabilityConfig, StabilityInputs, load_inputs
 from apo.evaluation.stability.summary import summarize
 from clair.core.errors import UserError
@@ -48,7 +48,7 @@ def work_items(config: StabilityConfig, inputs: StabilityInputs) -> list[Work]:
 
 
 def measure_stability(
-    config: StabilityConfig, *, inputs: StabilityInputs | None = None, on_progress: Progress = lambda *_: None
+    config: StabilityConfig, *, inputs: StabilityInputs | None = None, on_progress: OnProgress = lambda *_: None
 ) -> StabilityOutcome:
     """Judge all answers, reusing the replies in the ledger, and write stability.json and judgements.jsonl.
 
@@ -60,11 +60,11 @@ def measure_stability(
 
 
 async def _run(
-    config: StabilityConfig, inputs: StabilityInputs, ledger: Ledger, on_progress: Progress
+    config: StabilityConfig, inputs: StabilityInputs, ledger: Ledger, on_progress: OnProgress
 ) -> StabilityOutcome:
     out, stop, failures = Path(config.out), StopSignal(), list[str]()
     async with evaluation_clients(config, ledger, stop) as clients:
-        judges = {role: Judge(client, inputs.judge_prompts, config.profile) for role, client in clients.items()}
+        judges = {role: MixEvalJudge(client, inputs.judge_prompts, config.profile) for role, client in clients.items()}
 
         async def judge(work: Work) -> tuple[Work, JudgeResult]:
             row, side, role, repeat = work

@@ -28,7 +28,7 @@ from apo.evaluation.config import (
     resumable_ledger,
     with_batch_tokens,
 )
-from apo.evaluation.rows import Progress, collect_results
+from apo.evaluation.rows import OnProgress, collect_results
 from apo.evaluation.winrate.alpaca_eval import generator_of, with_columns, write_answer_files
 from apo.evaluation.winrate.verdicts import SIDES, AnswerText, Comparison, prompt_key, summary, unresolved_counts
 from clair.core.errors import UserError, one_line
@@ -165,7 +165,7 @@ class WinrateRun:
         """Every (prompt, sample number)."""
         return [(prompt, sample) for prompt in self.inputs.prompts for sample in range(self.config.samples)]
 
-    async def outcomes(self, on_progress: Progress) -> list[Comparison]:
+    async def outcomes(self, on_progress: OnProgress) -> list[Comparison]:
         """All comparisons in the order of the prompts; incomplete if the run stops or requests fail."""
         return await collect_results(
             self._compare, self.work(), self.clients, self.stop, failures=self.failures, on_progress=on_progress
@@ -233,7 +233,7 @@ def measure_win_rate(
     config: WinrateConfig,
     *,
     inputs: WinrateInputs | None = None,
-    on_progress: Progress = lambda *_: None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> WinrateOutcome:
     """Compare two models, reusing the replies in the ledger, and write winrate.json and winrate.jsonl.
 
@@ -244,7 +244,7 @@ def measure_win_rate(
         return run_async(_run(config, inputs, ledger, on_progress))
 
 
-async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_progress: Progress) -> WinrateOutcome:
+async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_progress: OnProgress) -> WinrateOutcome:
     started, stop, out = time.monotonic(), StopSignal(), Path(config.out)
     async with evaluation_clients(config, ledger, stop) as clients:
         run = WinrateRun(config, inputs, clients, stop)

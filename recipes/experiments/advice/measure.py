@@ -270,7 +270,7 @@ def training_jobs(advised: Mapping[str, Mapping[str, Any]], run: Path) -> Iterat
 
 def train_and_score(job: TrainingJob) -> dict[str, Any]:
     """Train and answer the held-out tasks. Returns a line. A run that training stops has no right answer."""
-    from apo.monitoring.failures import Stopped
+    from apo.monitoring.failures import TrainingStopped
     from apo.training.config import TrainConfig
     from apo.training.train import train
     from recipes.experiments.paper_mini.answers import answers, scored
@@ -303,7 +303,7 @@ def train_and_score(job: TrainingJob) -> dict[str, Any]:
         train(config, log=lambda _: None)
         tasks = distinct_tasks("heldout", QUESTIONS, seed=7)
         scores = scored(tasks, answers(out, tasks))
-    except Stopped as stop:
+    except TrainingStopped as stop:
         scores["broke_off"] = str(stop)
     shutil.rmtree(out, ignore_errors=True)
     plan = {"objective": job.objective, "beta": job.beta, "learning_rate": job.learning_rate, "seed": job.seed}

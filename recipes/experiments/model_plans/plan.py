@@ -57,7 +57,7 @@ TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Line:
+class PlanLine:
     """A dry run's plan for one device: peak memory in GiB, if it fits, and the time as text."""
 
     needs: str
@@ -123,10 +123,10 @@ def dry_run(recipe: Path, folder: Path, pairs: Path) -> str:
     return process.stdout
 
 
-def lines_of(output: str) -> dict[str, Line]:
+def lines_of(output: str) -> dict[str, PlanLine]:
     """The plans by device in a dry run's output."""
     pattern = r"^# (.*): ([\d.]+) of [\d.]+ GiB, (fits|does NOT fit), (?:about )?([^,(]+), .* \("
-    return {m[1]: Line(m[2], m[3] == "fits", m[4]) for m in re.finditer(pattern, output, re.MULTILINE)}
+    return {m[1]: PlanLine(m[2], m[3] == "fits", m[4]) for m in re.finditer(pattern, output, re.MULTILINE)}
 
 
 def row_of(recipe: Path, output: str) -> str:

@@ -28,12 +28,12 @@ from recipes.experiments.paper_mini.design import (
 )
 from recipes.experiments.paper_mini.worlds import DOSES, TEMPLATES, stratum
 
-Verdict = Literal["reproduced", "not reproduced", "equal", "not tested"]
+ClaimVerdict = Literal["reproduced", "not reproduced", "equal", "not tested"]
 SHARE_OF_BEST, SMALLEST_MARGIN, WORLDS_OF_MARGIN = 0.8, 2, 10
 
 
 @dataclass(frozen=True)
-class Claim:
+class PaperClaim:
     """A claim of the paper, where the paper makes it, and the sign that is expected of its contrast."""
 
     text: str
@@ -45,22 +45,26 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("CLAIR with APO-zero makes the model better", "abstract", "D1", "APO-zero, gain"),
-    Claim("APO-zero beats SFT on the winners", "abstract", "D1", "APO-zero − SFT"),
-    Claim("APO-zero beats DPO where winners are better than the model", "from memory", "D1", "APO-zero − DPO"),
-    Claim("APO-down harms on CLAIR", "secondary source", "D1", "APO-down, gain at the shared rate", above=False),
-    Claim("Under DPO winners become less likely", "from memory", "D1", "DPO, held-out winners", False, nats=True),
-    Claim("Under APO-zero winners become more likely", "equation 7", "D1", "APO-zero, held-out winners", nats=True),
-    Claim("APO-down beats APO-zero where winners are worse than the model", "equation 8", "D2", "APO-down − APO-zero"),
-    Claim(
-        "The objective must fit the regime", "title and abstract", "D2", "(APO-zero − APO-down), strong − weak"
+    PaperClaim("CLAIR with APO-zero makes the model better", "abstract", "D1", "APO-zero, gain"),
+    PaperClaim("APO-zero beats SFT on the winners", "abstract", "D1", "APO-zero − SFT"),
+    PaperClaim("APO-zero beats DPO where winners are better than the model", "from memory", "D1", "APO-zero − DPO"),
+    PaperClaim("APO-down harms on CLAIR", "secondary source", "D1", "APO-down, gain at the shared rate", above=False),
+    PaperClaim("Under DPO winners become less likely", "from memory", "D1", "DPO, held-out winners", False, nats=True),
+    PaperClaim(
+        "Under APO-zero winners become more likely", "equation 7", "D1", "APO-zero, held-out winners", nats=True
     ),
-    Claim("The more irrelevant change, the less is gained", "abstract", "D3", "APO-zero's gain, a dose", above=False),
-)  # fmt: skip
+    PaperClaim(
+        "APO-down beats APO-zero where winners are worse than the model", "equation 8", "D2", "APO-down − APO-zero"
+    ),
+    PaperClaim("The objective must fit the regime", "title and abstract", "D2", "(APO-zero − APO-down), strong − weak"),
+    PaperClaim(
+        "The more irrelevant change, the less is gained", "abstract", "D3", "APO-zero's gain, a dose", above=False
+    ),
+)
 
 
 @dataclass(frozen=True)
-class Results:
+class DesignResults:
     """All results of one design size: the worlds by name, the runs by key."""
 
     design: Design
@@ -116,7 +120,7 @@ def slopes(by_dose: Sequence[Sequence[float]]) -> list[float]:
     ]
 
 
-def dose_gains(results: Results, objective: str) -> list[list[float]] | None:
+def dose_gains(results: DesignResults, objective: str) -> list[list[float]] | None:
     """The gains by dose and world, all at the setting that is selected for the correction alone; None if not run."""
     gains = [results.gains("D3", pairs, objective, selected_on="clair") for pairs in DOSES]
     return None if None in gains else [values for values in gains if values is not None]
@@ -127,7 +131,7 @@ def winners_change(row: Mapping[str, Any]) -> float:
     return row["checkpoints"][-1]["pairs"]["logps/chosen"] - row["checkpoints"][0]["pairs"]["logps/chosen"]
 
 
-def contrasts(results: Results) -> list[list[float] | None]:
+def contrasts(results: DesignResults) -> list[list[float] | None]:
     """The contrast of each of `CLAIMS` by world, in its order; None if it was not tested."""
     clair = {objective: results.gains("D1", "clair", objective) for objective in OBJECTIVES}
     last = results.design.epochs
@@ -159,10 +163,10 @@ def contrasts(results: Results) -> list[list[float] | None]:
 class Judged:
     """A claim with its estimate over worlds, the corrected p-value, the verdict, and a remark for the reader."""
 
-    claim: Claim
+    claim: PaperClaim
     estimate: Estimate | None
     p: float
-    verdict: Verdict
+    verdict: ClaimVerdict
     remark: str = ""
 
 
@@ -194,11 +198,11 @@ def judge_claims(values: Sequence[Sequence[float] | None], margin: int | None) -
 # ---- D0: tolerance, and the margin
 
 
-Cell = tuple[float, int]
+RateAndEpoch = tuple[float, int]
 """Rate and epoch."""
 
 
-def d0_gains(results: Results, objective: str, beta: float) -> dict[Cell, list[float]] | None:
+def d0_gains(results: DesignResults, objective: str, beta: float) -> dict[RateAndEpoch, list[float]] | None:
     """D0's gains by rate and epoch, one for each draw; None if a run is missing."""
     design, gains = results.design, {}
     for rate in design.rates:
@@ -215,13 +219,13 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def tolerance(gains: Mapping[Cell, Sequence[float]]) -> int:
+def tolerance(gains: Mapping[RateAndEpoch, Sequence[float]]) -> int:
     """The number of settings with a mean gain of at least `SHARE_OF_BEST` of the best one; 0 if none is above 0."""
     means = [mean(values) for values in gains.values()]
     return sum(value >= SHARE_OF_BEST * max(means) - 1e-9 for value in means) if max(means) > 0 else 0
 
 
-def margin(results: Results) -> int | None:
+def margin(results: DesignResults) -> int | None:
     """The equivalence margin in points by D0's spread between draws; None until D0 is whole.
 
     The spread is pooled over the cells of the last epoch in which both DPO and APO-zero keep half of their best gain.
@@ -247,7 +251,7 @@ def margin(results: Results) -> int | None:
 # ---- strata
 
 
-def strata_gains(results: Results, name: Name, pairs: str, objective: str) -> dict[str, float] | None:
+def strata_gains(results: DesignResults, name: Name, pairs: str, objective: str) -> dict[str, float] | None:
     """The mean gain over worlds by stratum at the selected setting; None if a run is missing."""
     if results.gains(name, pairs, objective) is None:
         return None

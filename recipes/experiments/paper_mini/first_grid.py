@@ -23,9 +23,9 @@ from recipes.world.running import ROOT
 
 FILE = Path("recipes/experiments/paper_mini/results/runs.jsonl")
 PAGE = Path("docs/paper_first_grid.md")
-Cell = tuple[str, str]
+GridCell = tuple[str, str]
 """Data set and objective."""
-CLAIMS: tuple[tuple[str, Cell, Cell | None], ...] = (
+CLAIMS: tuple[tuple[str, GridCell, GridCell | None], ...] = (
     ("CLAIR with APO-zero makes the model better", ("clair", "apo_zero"), None),
     ("CLAIR beats on-policy judge pairs", ("clair", "apo_zero"), ("on_policy", "apo_zero")),
     ("CLAIR beats off-policy judge pairs", ("clair", "apo_zero"), ("off_policy", "apo_down")),
@@ -37,7 +37,7 @@ CLAIMS: tuple[tuple[str, Cell, Cell | None], ...] = (
     ("APO-down harms on CLAIR (expected below 0)", ("clair", "apo_down"), None),
     ("APO-zero beats SFT on CLAIR; not asked then", ("clair", "apo_zero"), ("clair", "sft")),
 )
-Runs = Mapping[Cell, Sequence[Mapping[str, Any]]]
+Runs = Mapping[GridCell, Sequence[Mapping[str, Any]]]
 
 
 def read_grid(file: Path = FILE) -> tuple[Mapping[str, Any], Runs]:
@@ -56,7 +56,7 @@ def _over_checkpoints(run: Mapping[str, Any]) -> list[float]:
     return [column.count("1") / len(column) for column in columns]
 
 
-def difference(world: Mapping[str, Any], cells: Runs, left: Cell, right: Cell | None) -> Estimate:
+def difference(world: Mapping[str, Any], cells: Runs, left: GridCell, right: GridCell | None) -> Estimate:
     """The mean difference over seeds and questions, clustered by seed and by phrasing."""
     base = [float(digit) for digit in world["base"]["right"]]
     values, seeds, templates = [], [], []

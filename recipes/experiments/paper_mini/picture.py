@@ -8,7 +8,7 @@ from typing import Any
 
 from apo.monitoring.plots import FAINT, QUIET
 from clair.core.statistics import Estimate, clustered_mean
-from recipes.experiments.paper_mini.analysis import Results, d0_gains, mean
+from recipes.experiments.paper_mini.analysis import DesignResults, d0_gains, mean
 from recipes.experiments.paper_mini.design import OBJECTIVES, gain
 
 DISPLAY_NAMES = {"sft": "SFT", "dpo": "DPO", "apo_zero": "APO-zero", "apo_down": "APO-down"}
@@ -18,7 +18,7 @@ Curve = tuple[list[float], list[list[float]]]
 """Rates, and the gains at each, one for each draw or world."""
 
 
-def d0_curves(measured: Results) -> dict[str, Curve]:
+def d0_curves(measured: DesignResults) -> dict[str, Curve]:
     """D0's gains after its last epoch at the first beta, by objective; without objectives that are not whole."""
     curves = {}
     for objective in OBJECTIVES:
@@ -29,7 +29,7 @@ def d0_curves(measured: Results) -> dict[str, Curve]:
     return curves
 
 
-def d1_curves(measured: Results) -> dict[str, Curve]:
+def d1_curves(measured: DesignResults) -> dict[str, Curve]:
     """D1's gains at the last checkpoint, by objective; without objectives that are not whole."""
     design, worlds, curves = measured.design, measured.tested("D1"), {}
     for objective in OBJECTIVES:
@@ -40,7 +40,7 @@ def d1_curves(measured: Results) -> dict[str, Curve]:
     return curves
 
 
-def regime_estimates(measured: Results) -> dict[tuple[str, str], Estimate]:
+def regime_estimates(measured: DesignResults) -> dict[tuple[str, str], Estimate]:
     """The gain by regime and objective over worlds, where it was tested."""
     result = {}
     for regime in ("weak", "strong"):
@@ -51,7 +51,7 @@ def regime_estimates(measured: Results) -> dict[tuple[str, str], Estimate]:
     return result
 
 
-def draw(measured: Results, path: Path) -> None:
+def draw(measured: DesignResults, path: Path) -> None:
     """Draw D0, D1 and D2 side by side on one scale; a panel whose design has not run says so."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -108,7 +108,7 @@ def checkpoint_recorder(run: Run, answer: Callable[[Any], str], checkpoints: lis
 
 def train_run(run: Run, folder: Path) -> dict[str, Any]:
     """Train and evaluate one run. Returns its line. A loss that is not finite ends a run, with the reason."""
-    from apo.monitoring.failures import Stopped
+    from apo.monitoring.failures import TrainingStopped
     from apo.training.plan import plan
     from apo.training.train import build_trainer
     from recipes.experiments.paper_mini.answers import answers_in_memory
@@ -135,7 +135,7 @@ def train_run(run: Run, folder: Path) -> dict[str, Any]:
                                 log=lambda _: None)  # fmt: skip
         trainer.add_callback(checkpoint_recorder(run, answer, checkpoints))
         trainer.train()
-    except Stopped as stop:
+    except TrainingStopped as stop:
         line["broke_off"] = str(stop)
     shutil.rmtree(out, ignore_errors=True)
     if checkpoints[-1]["epoch"] < run.epochs:

@@ -19,8 +19,8 @@ from clair.core.statistics import clustered_mean, exact_proportion
 from recipes.experiments.paper_mini import picture, results
 from recipes.experiments.paper_mini.analysis import (
     SHARE_OF_BEST,
+    DesignResults,
     Judged,
-    Results,
     contrasts,
     d0_gains,
     dose_gains,
@@ -43,7 +43,7 @@ REGISTRATION = "log/2026-11-29-evidence.md"
 NOT_TESTED = "not tested"
 
 
-def read_results(file: Path, *, small: bool) -> Results:
+def read_results(file: Path, *, small: bool) -> DesignResults:
     """The results in a file. Raises UserError if it has no run."""
     lines = results.read(file)
     rows = rows_of(lines)
@@ -51,10 +51,10 @@ def read_results(file: Path, *, small: bool) -> Results:
         command = f"python -m recipes.experiments.paper_mini.run {'--small' if small else 'D0'}"
         raise UserError(f"{file} holds no runs; make them with: {command}")
     worlds = {line["name"]: line for line in lines if line["kind"] == "world"}
-    return Results(SMALL if small else FULL, worlds, rows)
+    return DesignResults(SMALL if small else FULL, worlds, rows)
 
 
-def page(measured: Results) -> str:
+def page(measured: DesignResults) -> str:
     """The whole page."""
     points_of_margin = margin(measured)
     judged = judge_claims(contrasts(measured), points_of_margin)
@@ -120,7 +120,7 @@ def _margin_sentence(margin: int | None) -> str:
     return f"The margin is {margin} points, by the spread between D0's draws."
 
 
-def gate(measured: Results, name: Name) -> str:
+def gate(measured: DesignResults, name: Name) -> str:
     """The state of a design's gates: `worlds 10 of 10`, with D2's regimes."""
     worlds, tested = measured.design.worlds_of(name), measured.tested(name)
     text = f"worlds {len(tested)} of {len(worlds)}"
@@ -130,7 +130,7 @@ def gate(measured: Results, name: Name) -> str:
     return "; ".join([text, *(f"{r} {'met' if m else NOT_TESTED if m is None else 'not met'}" for r, m in met.items())])
 
 
-def claim_rows(measured: Results, judged: Sequence[Judged], margin: int | None) -> list[list[str]]:
+def claim_rows(measured: DesignResults, judged: Sequence[Judged], margin: int | None) -> list[list[str]]:
     """The nine claims with source, gate, figure and verdict."""
     rows = [["claim", "source", "design, gate", "compared", "figure", "p, Holm", "verdict"]]
     for item in judged:
@@ -149,7 +149,7 @@ def claim_rows(measured: Results, judged: Sequence[Judged], margin: int | None) 
 # ---- designs
 
 
-def _d0(measured: Results) -> str:
+def _d0(measured: DesignResults) -> str:
     design = measured.design
     rows = [["objective", "beta", *(f"{rate:g}" for rate in design.rates), f"keeps {SHARE_OF_BEST:.0%} of its best at"]]
     for objective in OBJECTIVES:
@@ -170,7 +170,7 @@ def _d0(measured: Results) -> str:
     )
 
 
-def _selected(measured: Results, name: Name, sets: Sequence[str]) -> str:
+def _selected(measured: DesignResults, name: Name, sets: Sequence[str]) -> str:
     rows = [
         ["pairs", "objective", "rate, epoch", "gain", "trained", "new phrasing", "new skill", "order of held-out pairs"]
     ]
@@ -196,7 +196,7 @@ def _selected(measured: Results, name: Name, sets: Sequence[str]) -> str:
     )
 
 
-def _order(measured: Results, name: Name, pairs: str, objective: str, rate: float) -> str:
+def _order(measured: DesignResults, name: Name, pairs: str, objective: str, rate: float) -> str:
     """Reward accuracy over worlds; SFT has none. If it is 1 or 0 in all worlds, the interval is exact."""
     rows = [measured.rows[measured.design.run(w, pairs, objective, rate).key] for w in measured.tested(name)]
     values = [row["checkpoints"][-1]["pairs"].get("rewards/accuracies") for row in rows]
@@ -209,7 +209,7 @@ def _order(measured: Results, name: Name, pairs: str, objective: str, rate: floa
     return f"{estimate.mean:.1%} [{max(0, estimate.lo):.1%}, {min(1, estimate.hi):.1%}]"
 
 
-def _regimes(measured: Results) -> str:
+def _regimes(measured: DesignResults) -> str:
     sentences = []
     for regime, expected in (("weak", "lose"), ("strong", "gain")):
         gains = regime_gains(measured.design, regime, measured.tuning, measured.rows)
@@ -223,7 +223,7 @@ def _regimes(measured: Results) -> str:
     return "\n".join([*sentences, "", ""]) if sentences else ""
 
 
-def _doses(measured: Results) -> str:
+def _doses(measured: DesignResults) -> str:
     rows = [["objective", "correction only", "opening", "and closing", "and sentence", "slope, points a dose"]]
     for objective in measured.design.dose_objectives:
         gains = dose_gains(measured, objective)
@@ -234,7 +234,7 @@ def _doses(measured: Results) -> str:
     return markdown(rows) if len(rows) > 1 else f"D3 is {NOT_TESTED}.\n"
 
 
-def world_rows(measured: Results) -> list[list[str]]:
+def world_rows(measured: DesignResults) -> list[list[str]]:
     """One row for each world: what the gates are about, and the winners' rightness in its sets."""
     rows = [["world", "own samples, nats", "well formed", "right", "as its region says", "winners right", "gates"]]
     for name, world in measured.worlds.items():
@@ -246,7 +246,7 @@ def world_rows(measured: Results) -> list[list[str]]:
     return rows
 
 
-def write(measured: Results) -> None:
+def write(measured: DesignResults) -> None:
     """Write page and picture. Raises UserError unless D0 is whole."""
     if margin(measured) is None:
         raise UserError(f"D0 is not whole, so {PAGE} stays as it is; continue with: python -m {__package__}.run D0")

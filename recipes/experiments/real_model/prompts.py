@@ -22,7 +22,7 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import content_hash, write_atomically, write_json
-from clair.data.deduplication import Benchmark
+from clair.data.deduplication import BenchmarkQuestions
 from recipes.experiments.real_model.constraints import TYPES, draw_constraints, unseen_types
 
 SEED = 0
@@ -96,7 +96,7 @@ def write_prompts(data: Path, out: Path, counts: dict[str, int], seed: int = SEE
     random = Random(f"prompts-{seed}")
     random.shuffle(tasks)
     held_out = round(VALIDATION_TASKS * len(tasks))
-    benchmark = Benchmark(row["prompt"] for row in _rows(data / "ifeval" / "input_data.jsonl"))
+    benchmark = BenchmarkQuestions(row["prompt"] for row in _rows(data / "ifeval" / "input_data.jsonl"))
     summary: dict[str, Any] = {"seed": seed, "unseen": sorted(unseen)}
     for split, of_split in {"train": tasks[held_out:], "validation": tasks[:held_out]}.items():
         rows: dict[str, dict[str, Any]] = {}

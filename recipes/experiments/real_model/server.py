@@ -23,8 +23,8 @@ from recipes.experiments.real_model.constraints import Constraint, held
 from recipes.experiments.real_model.mend import Unmendable
 from recipes.experiments.real_model.mend import mend as mended
 from recipes.world.judge import VERDICT, read_sections
-from recipes.world.reviser import REASONING, SOLUTION, Reply, read_request, user_texts
-from recipes.world.server import Refused, body_hash, completion_object, model_list, read_body, run_server
+from recipes.world.reviser import REASONING, SOLUTION, ServedReply, read_request, user_texts
+from recipes.world.server import ErrorResponse, body_hash, completion_object, model_list, read_body, run_server
 
 REVISER, JUDGE = "constraint-reviser", "constraint-judge"
 Prompts = Mapping[str, Sequence[Constraint]]
@@ -49,7 +49,7 @@ def read_constraints(file: Path) -> dict[str, list[Constraint]]:
     }
 
 
-def revise(text: str, prompts: Prompts) -> Reply:
+def revise(text: str, prompts: Prompts) -> ServedReply:
     """The reply to a request of revision: the answer with its broken constraints mended, or a refusal with the reason.
 
     An answer that holds every constraint is returned as it is.
@@ -63,10 +63,10 @@ def revise(text: str, prompts: Prompts) -> Reply:
         if problem.reason != "holds_all":
             return _refusal(problem.reason)
         answer = request.student
-    return Reply(f"{REASONING}\nThe program checks the constraints.\n\n{SOLUTION}\n{answer}")
+    return ServedReply(f"{REASONING}\nThe program checks the constraints.\n\n{SOLUTION}\n{answer}")
 
 
-def judge(text: str, prompts: Prompts) -> Reply:
+def judge(text: str, prompts: Prompts) -> ServedReply:
     """The reply to a request of judgement: the answer that holds more constraints, or a tie."""
     sections = read_sections(text)
     if sections is None or sections[0] not in prompts:
@@ -74,11 +74,11 @@ def judge(text: str, prompts: Prompts) -> Reply:
     task, *answers = sections
     counts = [sum(held(prompts[task], answer)) for answer in answers]
     verdict = "tie" if counts[0] == counts[1] else 1 if counts[0] > counts[1] else 2
-    return Reply(f"{REASONING}\nThey hold {counts[0]} and {counts[1]} constraints.\n\n{VERDICT}\n[{verdict}]")
+    return ServedReply(f"{REASONING}\nThey hold {counts[0]} and {counts[1]} constraints.\n\n{VERDICT}\n[{verdict}]")
 
 
-def _refusal(reason: str) -> Reply:
-    return Reply("", refusal=reason)
+def _refusal(reason: str) -> ServedReply:
+    return ServedReply("", refusal=reason)
 
 
 def make_app(prompts: Prompts) -> web.Application:
@@ -88,10 +88,10 @@ def make_app(prompts: Prompts) -> web.Application:
         try:
             body: dict[str, Any] = await read_body(request, (REVISER, JUDGE))
             text = user_texts(body["messages"])[-1]
-        except Refused as refused:
+        except ErrorResponse as refused:
             return refused.response
         except (ValueError, AttributeError) as error:
-            return Refused(400, str(error), "invalid_messages").response
+            return ErrorResponse(400, str(error), "invalid_messages").response
         reply = (revise if body["model"] == REVISER else judge)(text, prompts)
         return web.json_response(completion_object(body, body_hash(body), [reply]))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from recipes.world.skills.skill import Skill, Values, Verdict, templates
+from recipes.world.skills.skill import AnswerValues, Skill, Values, templates
 
 UNITS = {  # (large, small): (factor, the student's factor)
     ("kilometres", "metres"): (1000, 100),
@@ -27,12 +27,12 @@ def _draw_unit(rng: Random) -> dict[str, str]:
     return {"n": str(rng.randint(2, 99)), "large": large, "small": small}
 
 
-def _judge_unit(values: Values) -> Verdict | None:
+def _judge_unit(values: Values) -> AnswerValues | None:
     factors = UNITS.get((values["large"], values["small"]))
     if factors is None or int(values["n"]) < 1:
         return None
     right, wrong = (str(int(values["n"]) * factor) for factor in factors)
-    return Verdict(right, wrong)
+    return AnswerValues(right, wrong)
 
 
 def _content_unit(values: Values) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from recipes.world.skills.skill import Skill, Values, Verdict, templates
+from recipes.world.skills.skill import AnswerValues, Skill, Values, templates
 from recipes.world.skills.words import LETTERS
 
 LETTER_POSITIONS = ("first", "second", "third", "fourth")
@@ -15,11 +15,11 @@ def _draw_edit(rng: Random) -> dict[str, str]:
     return {"code": "".join(code), "letter": letter, "place": rng.choice(LETTER_POSITIONS)}
 
 
-def _judge_edit(values: Values) -> Verdict | None:
+def _judge_edit(values: Values) -> AnswerValues | None:
     code, letter = values["code"], values["letter"]
     position = LETTER_POSITIONS.index(values["place"])
     right, wrong = (code[:index] + letter + code[index + 1 :] for index in (position, position + 1))
-    return None if right == wrong else Verdict(right, wrong)
+    return None if right == wrong else AnswerValues(right, wrong)
 
 
 def _content_edit(values: Values) -> str:

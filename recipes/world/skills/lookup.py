@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from recipes.world.skills.skill import Skill, Values, Verdict, templates
+from recipes.world.skills.skill import AnswerValues, Skill, Values, templates
 from recipes.world.skills.words import ITEMS
 
 _ROWS = ("1", "2", "3", "4")
@@ -18,12 +18,12 @@ def _draw_table(rng: Random) -> dict[str, str]:
     return rows | {"key": keys[rng.randrange(3)]}  # never the last row, which the wrong rule reads
 
 
-def _judge_table(values: Values) -> Verdict | None:
+def _judge_table(values: Values) -> AnswerValues | None:
     keys = [values[f"k{row}"] for row in _ROWS]
     if len(set(keys)) < 4 or values["key"] not in keys[:3]:
         return None
     right, wrong = values[f"v{keys.index(values['key']) + 1}"], values["v4"]
-    return None if right == wrong else Verdict(right, wrong)
+    return None if right == wrong else AnswerValues(right, wrong)
 
 
 def _content_table(values: Values) -> str:

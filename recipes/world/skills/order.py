@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from recipes.world.skills.skill import Skill, Values, Verdict, templates
+from recipes.world.skills.skill import AnswerValues, Skill, Values, templates
 
 
 def _draw_order(rng: Random) -> dict[str, str]:
@@ -12,12 +12,12 @@ def _draw_order(rng: Random) -> dict[str, str]:
     return dict(zip("xyz", (str(10 * t + rng.randint(0, 9)) for t in tens), strict=True))
 
 
-def _judge_order(values: Values) -> Verdict | None:
+def _judge_order(values: Values) -> AnswerValues | None:
     numbers = sorted(int(values[slot]) for slot in "xyz")
     if len({number // 10 for number in numbers}) < 3:
         return None
     up = [str(number) for number in numbers]
-    return Verdict(_listed(up), _listed(up[::-1]))
+    return AnswerValues(_listed(up), _listed(up[::-1]))
 
 
 def _listed(numbers: list[str]) -> str:

@@ -24,7 +24,7 @@ class Template:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AnswerValues:
     """The right answer value and the value by the wrong rule; they always differ."""
 
     right: str
@@ -47,7 +47,7 @@ class Skill:
     slots: Mapping[str, str]
     templates: tuple[Template, ...]
     draw: Callable[[Random], dict[str, str]]
-    judge: Callable[[Values], Verdict | None]
+    judge: Callable[[Values], AnswerValues | None]
     content: Callable[[Values], str]
 
 

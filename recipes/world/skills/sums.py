@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from recipes.world.skills.skill import Skill, Values, Verdict, templates
+from recipes.world.skills.skill import AnswerValues, Skill, Values, templates
 from recipes.world.skills.words import ITEMS, NAMES
 
 
@@ -17,11 +17,11 @@ def _draw_sum(rng: Random) -> dict[str, str]:
     }
 
 
-def _judge_sum(values: Values) -> Verdict | None:
+def _judge_sum(values: Values) -> AnswerValues | None:
     a, b = int(values["a"]), int(values["b"])
     if a % 10 + b % 10 < 10 or a + b > 99:
         return None
-    return Verdict(str(a + b), str(a + b - 10))
+    return AnswerValues(str(a + b), str(a + b - 10))
 
 
 def _content_sum(values: Values) -> str:

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from apo.distributed import launch as processes
 from apo.distributed.launch import Group, check_devices, check_launch
-from apo.monitoring.failures import Stopped
+from apo.monitoring.failures import TrainingStopped
 from apo.packing.batch import PairBatch
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
@@ -135,7 +135,7 @@ def test_one_process_asks_nobody():
 
 
 def test_the_mistake_of_one_is_raised_by_all():
-    with pytest.raises(Stopped, match="theirs"), Both(Stopped("theirs")).raise_on_all():
+    with pytest.raises(TrainingStopped, match="theirs"), Both(TrainingStopped("theirs")).raise_on_all():
         pass
     with pytest.raises(UserError, match="mine"), Both(UserError("theirs")).raise_on_all():
         raise UserError("mine")

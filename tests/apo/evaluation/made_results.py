@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from apo.evaluation.records.benchmark import Interval, ModelUsed
+from apo.evaluation.records.benchmark import ModelUsed, ScoreInterval
 from apo.evaluation.records.mixeval import SPLITS, JudgeUsed, MixEvalItem, MixEvalScore, SubsetScore
 from apo.evaluation.results import write_results
 
@@ -61,7 +61,7 @@ def make_items(
 def write_folder(folder: Path, items: list[MixEvalItem], model: str = "m", **changes: object) -> Path:
     """The result folder that holds these items; `changes` are of its score."""
     mean = sum(item.score for item in items) / len(items)
-    interval = Interval(
+    interval = ScoreInterval(
         mean=mean, n=len(items), questions=2, se_naive=0.0, se_clustered=0.0, ci95=None, unique_mean=mean,
         bracket=(mean, mean),
     )  # fmt: skip

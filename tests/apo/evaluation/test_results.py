@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.records.benchmark import Interval, ModelUsed
+from apo.evaluation.records.benchmark import ModelUsed, ScoreInterval
 from apo.evaluation.records.mixeval import JudgeUsed, MixEvalItem, MixEvalScore, SubsetScore
 from apo.evaluation.results import read_results, write_results
 from clair.core.errors import UserError
@@ -21,7 +21,7 @@ def an_item(**changes) -> MixEvalItem:
 
 
 def a_score(n: int, **changes) -> MixEvalScore:
-    interval = Interval(
+    interval = ScoreInterval(
         mean=0.5, n=n, questions=n, se_naive=0.1, se_clustered=0.1, ci95=(0.3, 0.7), unique_mean=0.5, bracket=(0.5, 0.5)
     )
     values = {

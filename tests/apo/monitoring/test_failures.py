@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from apo import cli
 from apo.monitoring.failures import (
     NonFiniteLossCheck,
-    Stopped,
+    TrainingStopped,
     is_out_of_memory,
     memory_suggestions,
     pair_names,
@@ -68,7 +68,7 @@ def recorded_batches(trainer):
 def test_a_lost_loss_names_its_pairs_and_leaves_the_last_good_checkpoint(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=losing(lost_step=5), **SAVING)
     batches = recorded_batches(trainer)
-    with pytest.raises(Stopped) as stop:
+    with pytest.raises(TrainingStopped) as stop:
         trainer.train()
     first, lost, *others = batches[4]
     message = str(stop.value)
@@ -83,7 +83,7 @@ def test_a_lost_loss_names_its_pairs_and_leaves_the_last_good_checkpoint(tmp_pat
 def test_a_training_that_has_diverged_is_reported_as_such(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=losing(lost_step=1, lost=range(4)), **SAVING)
     with pytest.raises(
-        Stopped, match=r"for all 4 pairs of its batch \('p.*training has diverged.*no checkpoint had been"
+        TrainingStopped, match=r"for all 4 pairs of its batch \('p.*training has diverged.*no checkpoint had been"
     ):
         trainer.train()
     assert saved(tmp_path) == []
@@ -92,7 +92,7 @@ def test_a_training_that_has_diverged_is_reported_as_such(tmp_path, tokenizer, p
 def test_a_rate_that_is_far_too_high_is_stopped_before_anything_broken_is_saved(tmp_path, tokenizer, pairs):
     more = {"optim": "sgd", "learning_rate": 1e38, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
     trainer = apo_trainer(tmp_path, tokenizer, pairs, **more, **SAVING | {"save_steps": 1, "max_steps": 4})
-    with pytest.raises(Stopped, match=r"not finite.*trainer\.learning_rate"):
+    with pytest.raises(TrainingStopped, match=r"not finite.*trainer\.learning_rate"):
         trainer.train()
     for folder in checkpoints(tmp_path):
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
@@ -103,7 +103,7 @@ def test_a_non_finite_loss_is_noticed_at_a_synchronisation_before_it_is_logged_o
         options = {**SAVING, "save_steps": 100, **more}
         trainer = apo_trainer(tmp_path / str(step), tokenizer, pairs, objective=losing(lost_step=2), **options)
         trainer._losses = NonFiniteLossCheck(torch.device("meta"))
-        with pytest.raises(Stopped, match=r"^step 2: the loss is not finite for 1 of 4"):
+        with pytest.raises(TrainingStopped, match=r"^step 2: the loss is not finite for 1 of 4"):
             trainer.train()
         assert trainer.state.global_step == step - (step == 4)  # two micro-batches later, or when step 2 is logged
 
@@ -113,7 +113,9 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, tokenizer, pairs):
         return (0 * chosen).sqrt() + (-beta * (chosen - rejected)).sigmoid()  # 0, whose slope is infinity times 0
 
     trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=flat, **SAVING)
-    with pytest.raises(Stopped, match=r"step 1: the gradient is not finite, although the loss is; lower trainer\."):
+    with pytest.raises(
+        TrainingStopped, match=r"step 1: the gradient is not finite, although the loss is; lower trainer\."
+    ):
         trainer.train()
 
 
@@ -125,7 +127,9 @@ def test_a_broken_weight_is_never_saved(tmp_path, tokenizer, pairs):
 
     trainer = apo_trainer(tmp_path, tokenizer, pairs, **SAVING)
     trainer.add_callback(Break())
-    with pytest.raises(Stopped, match=r"step 4: trained weights are not finite, so nothing is saved.*checkpoint-2$"):
+    with pytest.raises(
+        TrainingStopped, match=r"step 4: trained weights are not finite, so nothing is saved.*checkpoint-2$"
+    ):
         trainer.train()
     assert saved(tmp_path) == [("checkpoint-2", None)]
 
@@ -168,7 +172,7 @@ def test_running_out_of_memory_is_reported_with_the_settings_to_change(error, tm
     tmp_path = tmp_path / "Of Ann"
     trainer = apo_trainer(tmp_path, tokenizer, pairs, gradient_accumulation_steps=2, **SAVING)
     trainer.logps = LogprobComputer(trainer.args, trainer.accelerator, raising(error, failing_call=10))
-    with pytest.raises(Stopped) as stop:
+    with pytest.raises(TrainingStopped) as stop:
         trainer.train()
     message = str(stop.value)
     assert message.startswith("out of memory in training, after step ")
@@ -187,7 +191,7 @@ def test_running_out_of_memory_in_the_references_pass_is_reported_too(tmp_path, 
     from apo.training import logprobs as module
 
     monkeypatch.setattr(module, "packed_logps", raising(MemoryError(), failing_call=1))
-    with pytest.raises(Stopped, match=r"out of memory in the reference's log-probs with 24 pairs of .*; or "):
+    with pytest.raises(TrainingStopped, match=r"out of memory in the reference's log-probs with 24 pairs of .*; or "):
         apo_trainer(tmp_path, tokenizer, pairs, precompute_ref_log_probs=True)
 
 

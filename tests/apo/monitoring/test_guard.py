@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from apo import cli
 from apo.monitoring import guard
-from apo.monitoring.failures import Stopped
+from apo.monitoring.failures import TrainingStopped
 from apo.monitoring.guard import Guard, GuardMeasurement, guard_metrics, load_guard, measure_guard, violation
 from apo.packing.logps import response_logps
 from apo.run_dir.checkpoints import checkpoints, resume_problem
@@ -194,7 +194,9 @@ def test_accuracy_alone_can_stop_a_run(recipe):
     write(Path(recipe["guard"]["tasks"]), [row for row, right in zip(rows, initial.right, strict=True) if right])
     recipe["guard"] = {"tasks": recipe["guard"]["tasks"]}
     recipe["trainer"] |= {"learning_rate": 0.05}
-    with pytest.raises(Stopped, match=r"the accuracy on the guard's tasks fell by 0\.\d+ \(\+- 0.*drop allows 0.05\)"):
+    with pytest.raises(
+        TrainingStopped, match=r"the accuracy on the guard's tasks fell by 0\.\d+ \(\+- 0.*drop allows 0.05\)"
+    ):
         run(recipe)
 
 
@@ -203,7 +205,7 @@ def test_the_epochs_end_saves_nothing_that_was_not_passed(recipe, every):
     recipe["trainer"] = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_strategy": "epoch"}
     recipe["trainer"] |= {"learning_rate": 0.05, "lr_scheduler_type": "constant"}
     recipe["guard"] |= {"most_loss_rise": 0.0, "every": every}
-    with pytest.raises(Stopped, match=r"^step 6: the loss .*no checkpoint had been saved$"):
+    with pytest.raises(TrainingStopped, match=r"^step 6: the loss .*no checkpoint had been saved$"):
         run(recipe)
     assert not checkpoints(Path(recipe["out"]))
 

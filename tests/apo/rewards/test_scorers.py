@@ -20,7 +20,7 @@ from clair.core.errors import UserError
 from recipes.world import toy
 
 
-def comparisons(synthetic: toy.Comparisons) -> Comparisons:
+def comparisons(synthetic: toy.ToyComparisons) -> Comparisons:
     def tensor(array):
         return torch.tensor(array, dtype=torch.float32)
 
@@ -31,13 +31,13 @@ def comparisons(synthetic: toy.Comparisons) -> Comparisons:
     )
 
 
-def fit_best(kind: str, synthetic: toy.Comparisons, seed: int = 0, **options):
+def fit_best(kind: str, synthetic: toy.ToyComparisons, seed: int = 0, **options):
     data = comparisons(synthetic)
     training, held_out = split(data, (0.9, 0.1), seed)
     return fit(new_scorer(kind, data, seed=seed, **options), training, held_out, seed=seed)
 
 
-def few_shot(scorer, synthetic: toy.Comparisons, shots: int) -> float:
+def few_shot(scorer, synthetic: toy.ToyComparisons, shots: int) -> float:
     """Accuracy on later comparisons of new users, each located by their first `shots` ones."""
     data, right = comparisons(synthetic), []
     for user in range(len(synthetic.group)):
@@ -301,7 +301,7 @@ def new_users():
     return toy.four_types(200, 60, seed=77)
 
 
-def bayes(synthetic: toy.Comparisons, shots: int) -> float:
+def bayes(synthetic: toy.ToyComparisons, shots: int) -> float:
     """Accuracy of whoever knows the four types and infers them exactly."""
     difference = (synthetic.chosen - synthetic.rejected).reshape(len(synthetic.group), -1, 8)[:, :, :4]
     fits = (difference[:, :shots] > 0).all(1)  # [users, types]: the types that agree with every answer
@@ -323,7 +323,7 @@ def test_b1_four_types_are_read_from_a_few_comparisons(vpl, new_users):
     assert exact[4] - accuracies[4] <= 0.06
 
 
-def actively(vpl: VPL, synthetic: toy.Comparisons, questions: int, users: int) -> float:
+def actively(vpl: VPL, synthetic: toy.ToyComparisons, questions: int, users: int) -> float:
     """Accuracy after as many questions from a pool of 200, the most telling each time."""
     data = comparisons(synthetic)
     items = torch.tensor(np.random.default_rng(5).standard_normal((200, 2, 8)), dtype=torch.float32)

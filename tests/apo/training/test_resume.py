@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from apo.monitoring.failures import Stopped
+from apo.monitoring.failures import TrainingStopped
 from apo.run_dir import checkpoints
 from apo.run_dir import files as runs
 from apo.training.config import TrainConfig
@@ -197,7 +197,10 @@ def test_a_full_disk_ends_the_run_in_a_line_and_it_resumes(size, written, uninte
     if uninterrupted[1] and written == "torch":
         pytest.skip("an adapter's states are smaller")
     end = "make room or give permission, then run the same command again; the last good checkpoint is .*/checkpoint-8$"
-    with no_file_above(size), pytest.raises(Stopped, match=f"step 12: the checkpoint cannot be written to .*; {end}"):
+    with (
+        no_file_above(size),
+        pytest.raises(TrainingStopped, match=f"step 12: the checkpoint cannot be written to .*; {end}"),
+    ):
         train(stopped_run, log=lambda _: None)
     assert not (Path(stopped_run.out) / checkpoints.UNFINISHED).exists()
     assert train(stopped_run, log=lambda _: None)["resumed_from"] == [8, 8]

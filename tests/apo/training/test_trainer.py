@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, TrlParser
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo.losses.mixture import resolve_mixture
-from apo.monitoring.failures import Stopped
+from apo.monitoring.failures import TrainingStopped
 from apo.monitoring.metrics import aggregate_metrics, check_best_metric, per_pair_metrics
 from apo.packing.logps import PairLogps, plain_logps
 from apo.run_dir.checkpoints import UNFINISHED
@@ -662,7 +662,7 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path, tokenizer, pairs):
 
     trainer._complete_checkpoint = then_damage
     with pytest.raises(
-        Stopped, match=r"^the best model, .*/checkpoint-4, is damaged: model\.safetensors .*checkpoint-2$"
+        TrainingStopped, match=r"^the best model, .*/checkpoint-4, is damaged: model\.safetensors .*checkpoint-2$"
     ):
         trainer.train()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clair.cluster.leased_limits import LeasedResources
 from clair.cluster.merge import merge
-from clair.cluster.shared_limits import REPLACED, Report, RoleLimits, RoleReport, SharedLimits
+from clair.cluster.shared_limits import REPLACED, RoleLimits, RoleReport, ShardReport, SharedLimits
 from clair.inference.budget import Budget, BudgetConfig
 from clair.ledger.ledger import Ledger
 from clair.pipeline.build import build
@@ -41,7 +41,7 @@ def quotas(concurrency=10, *, tokens=None, clock=None, shards="ab", **rates):
 
 def ask(keeper, shard, *, attempt="1", spent=0, leased=0, needs=0, last=False, **role):
     money = {"spent": Decimal(spent), "leased": Decimal(leased), "needs": Decimal(needs)}
-    return keeper.report(Report(shard, attempt, {"role": RoleReport(**role)}, last=last, **money))
+    return keeper.report(ShardReport(shard, attempt, {"role": RoleReport(**role)}, last=last, **money))
 
 
 def slots(keeper, shard, **role):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clair.core.errors import UserError
-from clair.data.deduplication import Benchmark, NearDuplicates, repeated_keys
+from clair.data.deduplication import BenchmarkQuestions, NearDuplicates, repeated_keys
 from clair.data.prompt_sources import PromptSource, each_prompt, scan
 
 VOCABULARY = [f"w{i}" for i in range(500)]
@@ -34,7 +34,7 @@ def test_case_and_punctuation_do_not_distinguish_prompts():
 
 def test_a_benchmark_is_known_by_13_words_in_a_row_or_a_whole_short_question():
     long = " ".join(VOCABULARY[:20])
-    benchmark = Benchmark([long, "Who wrote Faust?"])
+    benchmark = BenchmarkQuestions([long, "Who wrote Faust?"])
     assert benchmark.overlaps("please tell me: " + " ".join(VOCABULARY[3:16]) + " and why")
     assert not benchmark.overlaps(" ".join(VOCABULARY[3:15]))
     assert benchmark.overlaps("who wrote faust")

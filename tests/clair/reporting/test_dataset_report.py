@@ -20,7 +20,7 @@ from clair.data.dataset import read_manifest, read_rows
 from clair.reporting.dataset_report import explain, full_text, report
 from clair.reporting.html_page import json_text
 from clair.reporting.review import fingerprint
-from clair.reporting.sampling import METRICS, Rows, cut, fit_to_page, opening, read_filters, stratified_order
+from clair.reporting.sampling import METRICS, PairColumns, cut, fit_to_page, opening, read_filters, stratified_order
 from tests.browser.synthetic import DROPS, INJECTIONS, synthetic_pairs, write_dataset
 
 PAIRS = 150
@@ -146,9 +146,9 @@ def test_very_long_texts_are_shown_in_part(tmp_path, pairs):
 # ---- the sample
 
 
-def rows_of(values) -> Rows:
+def rows_of(values) -> PairColumns:
     """Rows with these (jaccard, length_ratio)."""
-    rows = Rows()
+    rows = PairColumns()
     for number, (jaccard, ratio) in enumerate(values):
         rows.ids.append(f"id-{number}")
         rows.openings.append("")

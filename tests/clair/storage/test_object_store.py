@@ -18,7 +18,7 @@ import pytest
 
 from clair.cluster.merge import merge
 from clair.core.errors import UserError
-from clair.inference.batch_queue import BatchQueue, Outcome
+from clair.inference.batch_queue import BatchQueue, RequestOutcome
 from clair.ledger import replication
 from clair.ledger.ledger import Claim, Ledger, LedgerError, Tokens
 from clair.ledger.replication import LedgerReplica
@@ -183,7 +183,7 @@ async def some_writes(ledger: Ledger, draw: Random, count: int) -> None:
         elif batch := await queue.form_batch(3, 1000):
             await queue.mark_uploaded(batch, "file")
             await queue.mark_sent(batch, f"id-{draw.random()}")
-            await queue.settle(batch, [Outcome(k, "raw", Tokens(1, 2)) for k in queue.waiting_keys(batch)[:2]])
+            await queue.settle(batch, [RequestOutcome(k, "raw", Tokens(1, 2)) for k in queue.waiting_keys(batch)[:2]])
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apo.evaluation.answers import Answer
+from apo.evaluation.answers import RowAnswer
 from apo.evaluation.config import is_transient
 from apo.evaluation.mixeval import judging
 from apo.evaluation.mixeval.benchmark import BenchmarkRow
@@ -170,7 +170,7 @@ def test_the_request_is_upstreams_or_repeatable():
 
 
 def an_item(row: BenchmarkRow, unresolved: str | None = None, score: float = 0.0):
-    return make_item(Answer(row, "r"), JudgeResult(Verdict(None, score, unresolved)))
+    return make_item(RowAnswer(row, "r"), JudgeResult(Verdict(None, score, unresolved)))
 
 
 def test_random_scores_are_drawn_as_upstream_draws_and_marked():
