@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -28,13 +28,19 @@ def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = No
     resolve_mixture(config.objective)
     from apo.analysis.clusters import indices_of_shared_prompts
     from apo.analysis.distinguishability import distinguish as measure
-    from apo.analysis.features import encode_datasets
+    from apo.analysis.feature_files import file_features
+    from apo.analysis.features import encode_rows, read_rows
     from apo.console import print_line, quieten
     from clair.core.console import show as print_
     from clair.core.files import write_json
 
     quieten()
-    pairs = encode_datasets(config.dataset, config.model, print_line)
+    rows = read_rows(config.dataset)
+    features = file_features(config.features, rows, prompt=True) if config.features else None
+    pairs = encode_rows(rows, config.model, print_line)
+    if features:
+        indices = {id(row): index for index, row in enumerate(rows)}
+        pairs = replace(pairs, features=features.select([indices[id(row)] for row in pairs.rows]))
     if config.by == "source":
         indices, total = indices_of_shared_prompts(pairs.rows), len(pairs.rows)
         if indices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -23,5 +24,6 @@ class DistinguishConfig(Recipe):
     by: str = "kmeans:8"
     objective: str | dict[str, Any] = "apo_zero"
     beta: float = Field(default=0.1, gt=0)
+    features: Path | None = None
     seed: int = 0
     out: LocalPath | None = None

@@ -1,19 +1,21 @@
 """Features of pairs: a frozen model's last hidden states, computed in one pass and cached by content.
 
 The states are taken after the final norm (lm_head(phi) are the logits), so they are not normalised again. A pair has
-five vectors: those at the last token of the prompt, of prompt and chosen, and of prompt and rejected (the end of turn,
-never padding), and the means over the tokens of each response. The cache has one file per `CHUNK_PAIRS` pairs; its key
-is a hash of weights, number type, attention implementation and token ids.
+seven vectors: those at the last token of the prompt, of prompt and chosen, and of prompt and rejected (the end of turn,
+never padding), and two averages over the tokens of each response. The mean weights all tokens alike. The cumulative
+average begins where the two responses first differ, with weights 1, 2, ..., l over their sum. The cache has one file
+per `CHUNK_PAIRS` pairs; its key is a hash of weights, number type, attention implementation and token ids.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from apo.data.encoding import common_prefix
 from apo.data.sources import check_exists, split_names
 from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
 
 CHUNK_PAIRS = 512
 """Pairs in one cache file, and the most that a killed run has to compute again."""
-NAMES = ("prompt", "chosen", "rejected", "chosen_mean", "rejected_mean")
+NAMES = (
+    *("prompt", "chosen", "rejected"),
+    *("chosen_mean", "rejected_mean", "chosen_cumulative", "rejected_cumulative"),
+)
+Pooling = Literal["last", "mean", "cumulative"]
+"""What represents a response: the state at its last token, or an average over its tokens."""
 BATCH_TOKENS = 8192
 """Tokens of a batch, padding included."""
 
@@ -42,6 +49,8 @@ class Features:
     rejected: Tensor
     chosen_mean: Tensor
     rejected_mean: Tensor
+    chosen_cumulative: Tensor
+    rejected_cumulative: Tensor
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -49,6 +58,13 @@ class Features:
     def select(self, indices: Sequence[int]) -> Features:
         """Return the features of some pairs, in this order."""
         return Features(self.model, *(getattr(self, name)[list(indices)] for name in NAMES))
+
+    def pooled(self, pooling: Pooling) -> Features:
+        """Return the features with this average over tokens as those of chosen and rejected, under its own identity."""
+        if pooling == "last":
+            return self
+        chosen, rejected = (getattr(self, f"{side}_{pooling}") for side in ("chosen", "rejected"))
+        return replace(self, model=content_hash([self.model, pooling]), chosen=chosen, rejected=rejected)
 
 
 def compute_features(
@@ -65,7 +81,7 @@ def compute_features(
     for start in range(0, len(dataset), CHUNK_PAIRS):
         pairs = [dict(row) for row in dataset.select(range(start, min(start + CHUNK_PAIRS, len(dataset))))]
         ids = [[pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] for pair in pairs]
-        key = content_hash(["features 1", identity, ids])
+        key = content_hash(["features 2", identity, ids])
         features: Mapping[str, Tensor] | None = cache.load(folder, key, dict.fromkeys(NAMES, (len(pairs), width)))
         if features is None:
             features = dict(zip(NAMES, encode(model, pairs), strict=True))
@@ -77,12 +93,13 @@ def compute_features(
 
 
 def encode(model: Any, pairs: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
-    """Return the five features of some pairs, in the order of `NAMES`, each [n, D] in float32 on the host."""
+    """Return the features of some pairs, in the order of `NAMES`, each [n, D] in float32 on the host."""
     import torch
 
     rows = [(pair["prompt_ids"], pair[f"{name}_ids"]) for name in ("chosen", "rejected") for pair in pairs]
     order = sorted(range(len(rows)), key=lambda index: sum(map(len, rows[index])))
-    vectors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    parting = [common_prefix(pair["chosen_ids"], pair["rejected_ids"]) for pair in pairs]
+    vectors: dict[int, tuple[Tensor, ...]] = {}
     was_training = model.training
     model.eval()
     try:
@@ -91,12 +108,15 @@ def encode(model: Any, pairs: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]
                 hidden = last_hidden(model, [rows[index][0] + rows[index][1] for index in batch])
                 for index, states in zip(batch, hidden, strict=True):
                     start, end = len(rows[index][0]), sum(map(len, rows[index]))
-                    vectors[index] = (states[start - 1], states[end - 1], states[start:end].mean(0))
+                    differing = states[min(start + parting[index % len(pairs)], end - 1) : end]
+                    weights = torch.arange(1.0, len(differing) + 1)
+                    cumulative = weights @ differing / weights.sum()
+                    vectors[index] = states[start - 1], states[end - 1], states[start:end].mean(0), cumulative
     finally:
         model.train(was_training)
     columns = zip(*(vectors[index] for index in range(len(rows))), strict=True)
-    (prompt, _), (chosen, rejected), means = (torch.stack(column).split(len(pairs)) for column in columns)
-    return prompt, chosen, rejected, *means
+    (prompt, _), *responses = (torch.stack(column).split(len(pairs)) for column in columns)
+    return prompt, *(side for sides in responses for side in sides)
 
 
 def last_hidden(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -127,31 +147,27 @@ class EncodedPairs:
     """Pairs with their features.
 
     `rows` have plain values: id, prompt, chosen and rejected as messages, `LABELS`, and scores. `features` and
-    `tokenized` (token ids) are in the same order.
+    `tokenized` (token ids) are in the same order. Features of a file come without `tokenized` and `model`.
     """
 
     rows: list[dict[str, Any]]
     features: Features
-    tokenized: Dataset
-    model: Any
+    tokenized: Dataset | None = None
+    model: Any = None
 
     def select(self, indices: Sequence[int]) -> EncodedPairs:
         """Return some of the pairs, in this order."""
         rows = [self.rows[index] for index in indices]
-        return EncodedPairs(rows, self.features.select(indices), self.tokenized.select(indices), self.model)
-
-
-def encode_datasets(paths: Sequence[str], model: str, log: Callable[[str], None] = lambda _: None) -> EncodedPairs:
-    """Read the pairs of some datasets and compute their features with the model at `model`.
-
-    Raises UserError for a dataset or model that cannot be read, before anything is computed. Pairs that are longer than
-    the model's context are left out, with a note.
-    """
-    return encode_rows(read_rows(paths), model, log)
+        tokenized = None if self.tokenized is None else self.tokenized.select(indices)
+        return EncodedPairs(rows, self.features.select(indices), tokenized, self.model)
 
 
 def encode_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], None] = lambda _: None) -> EncodedPairs:
-    """Compute the features of rows of pairs, as `encode_datasets` does."""
+    """Compute the features of rows of pairs (`read_rows`) with the model at `model`.
+
+    Raises UserError for a model that cannot be read, before anything is computed. Pairs that are longer than the
+    model's context are left out, with a note.
+    """
     from datasets import Dataset
 
     from apo.data.tokenize import eos_ids, tokenize

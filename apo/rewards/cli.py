@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ from clair.core.errors import EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from apo.analysis.features import EncodedPairs
+    from apo.rewards.config import FeatureConfig
+    from apo.rewards.reward_dir import Reward
 
 app = typer.Typer(
     help="Rewards from comparisons: one for all users, several tastes (PAL), a latent taste (VPL).",
@@ -44,7 +47,7 @@ def select(context: typer.Context, recipe: RecipeFile = None, out: Out = None, s
     from clair.core.console import show as print_
     from clair.core.files import write_json
 
-    data = to_comparisons(_with_users(_encode(config.dataset, config.model)))
+    data = to_comparisons(_with_users(_encode(config, prompt=config.by_prompt)))
     selection = select_tastes(data, max_tastes=config.max_tastes, by_prompt=config.by_prompt, seed=config.seed)
     table = Table("", "tastes", "nats, choosing", "nats, judging")
     for c in selection.candidates:
@@ -69,7 +72,7 @@ def fit(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_
 
     if (config.out / "reward.json").exists():
         raise UserError(f"out {config.out} holds a reward already; choose another folder")
-    pairs = _encode(config.dataset, config.model)
+    pairs = _encode(config, prompt=config.by_prompt)
     pairs = pairs if config.kind == "bradley_terry" else _with_users(pairs)
     data = to_comparisons(pairs)
     if config.kind != "bradley_terry" and len(data.users) == 1:
@@ -92,7 +95,8 @@ def fit(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_
             warnings.append("the latent has collapsed, all users are alike: lower beta, or use bradley_terry")
     for warning in warnings:
         print_line(f"warning: {warning}")
-    reward = Reward.from_fit(scorer, data, pairs, config.model, measured=measured, seed=config.seed, warnings=warnings)
+    extra = {"pooling": config.pooling, "measured": measured, "seed": config.seed, "warnings": warnings}
+    reward = Reward.from_fit(scorer, data, pairs, config.model, **extra)
     reward.save(config.out)
     print_line(f"wrote {config.out}")
 
@@ -112,12 +116,11 @@ def score(context: typer.Context, recipe: RecipeFile = None, out: Out = None, se
     _check_out(config.out)
     manifest = read_manifest(config.dataset[0]) if config.decisions else {}
     judge = Reward.load(config.reward)
-    pairs = _encode(config.dataset, judge.facts["model"])
-    judge.check_features(pairs)
+    pairs = _encode_for(judge, config.dataset, config.features)
     states = judge.row_states(pairs, config.user)
     rows = score_pairs(judge, pairs, states)
     if config.padding is not None:
-        padded = _encode_padded(pad_chosen(pairs.rows, config.padding), judge.facts["model"])
+        padded = _encode_padded(pad_chosen(pairs.rows, config.padding), judge)
         for row, value in zip(rows, judge.win_rates(padded, states)[0].tolist(), strict=True):
             row["score_padded"] = value
     if config.by_group:
@@ -155,8 +158,7 @@ def adapt(
     judge = Reward.load(config.reward)
     if config.user in judge.facts["users"]:
         raise UserError(f"user {config.user!r} exists already: the reward was fitted with them; choose another name")
-    pairs = _encode(config.comparisons or config.pool or [], judge.facts["model"])
-    judge.check_features(pairs)
+    pairs = _encode_for(judge, config.comparisons or config.pool or [], config.features)
     data = to_comparisons(pairs)
     if config.comparisons:
         state = judge.scorer.adapt(data)
@@ -224,19 +226,40 @@ def _write_scored(rows: list[dict[str, Any]], out: Path) -> None:
             file.unlink(missing_ok=True)  # written by an earlier run
 
 
-def _encode(datasets: list[str], model: str) -> EncodedPairs:
-    from apo.analysis.features import encode_datasets
+def _encode(config: FeatureConfig, *, prompt: bool = False) -> EncodedPairs:
+    """Return the pairs with the features of a file or of a model; `prompt`: a file has to have those of prompts."""
+    from apo.analysis.feature_files import file_features
+    from apo.analysis.features import EncodedPairs, encode_rows, read_rows
     from apo.console import print_line, quieten
 
     quieten()
-    return encode_datasets(datasets, model, print_line)
+    rows = read_rows(config.dataset)
+    if config.features is not None:
+        return EncodedPairs(rows, file_features(config.features, rows, prompt=prompt))
+    assert config.model is not None
+    pairs = encode_rows(rows, config.model, print_line)
+    return replace(pairs, features=pairs.features.pooled(config.pooling))
 
 
-def _encode_padded(rows: list[dict[str, Any]], model: str) -> EncodedPairs:
+def _encode_for(judge: Reward, datasets: list[str], features: Path | None) -> EncodedPairs:
+    """Return pairs with features like those that the reward was fitted on."""
+    from apo.rewards.config import FeatureConfig
+
+    model, pooling = (None, "last") if features else (judge.facts["model"], judge.pooling)
+    if features is None and model is None:
+        raise UserError("this reward was fitted on features of a file; give `features`, of the same encoder")
+    config = FeatureConfig(dataset=datasets, model=model, features=features, pooling=pooling)
+    pairs = _encode(config, prompt=bool(judge.scorer.options.get("by_prompt")))
+    judge.check_features(pairs)
+    return pairs
+
+
+def _encode_padded(rows: list[dict[str, Any]], judge: Reward) -> EncodedPairs:
     from apo.analysis.features import encode_rows
     from apo.console import print_line
 
-    pairs = encode_rows(rows, model, print_line)
+    pairs = encode_rows(rows, judge.facts["model"], print_line)
+    pairs = replace(pairs, features=pairs.features.pooled(judge.pooling))
     if len(pairs.rows) != len(rows):
         raise UserError("some padded pairs are longer than the model's context; give a shorter padding")
     return pairs

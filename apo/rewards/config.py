@@ -8,28 +8,40 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from apo.analysis.config import Datasets
+from apo.analysis.features import Pooling
 from clair.core.recipe import Recipe, check_used
 from clair.storage.location import LocalPath
 
 RewardKind = Literal["bradley_terry", "pal", "vpl"]
 
 
-class SelectConfig(Recipe):
-    """Comparisons of users, and the numbers of tastes to try."""
+class FeatureConfig(Recipe):
+    """Comparisons, and where their features come from: a frozen model, or a file."""
 
     dataset: Datasets
-    model: str
+    model: str | None = None
+    features: Path | None = None
+    pooling: Pooling = "last"
+
+    @model_validator(mode="after")
+    def _check_features(self) -> FeatureConfig:
+        if (self.model is None) == (self.features is None):
+            raise ValueError("give either model (the frozen model that computes features) or features (a file of them)")
+        return check_used(self, self.model is not None, "features of a model", "pooling")
+
+
+class SelectConfig(FeatureConfig):
+    """Comparisons of users, and the numbers of tastes to try."""
+
     max_tastes: int = Field(default=4, ge=1)
     by_prompt: bool = False
     seed: int = 0
     out: LocalPath | None = None
 
 
-class FitConfig(Recipe):
+class FitConfig(FeatureConfig):
     """Comparisons, and the reward to fit on them."""
 
-    dataset: Datasets
-    model: str
     kind: RewardKind = "bradley_terry"
     prototypes: int = Field(default=2, ge=1)
     by_prompt: bool = False
@@ -48,6 +60,7 @@ class ScoreConfig(Recipe):
 
     dataset: Datasets
     reward: Path
+    features: Path | None = None
     user: str | None = None
     padding: str | None = None
     by_group: bool = False
@@ -60,6 +73,8 @@ class ScoreConfig(Recipe):
     def _check_used(self) -> ScoreConfig:
         if self.decisions and (len(self.dataset) != 1 or self.by_group):
             raise ValueError("decisions are about one unchanged dataset folder; name one, without by_group")
+        if self.features is not None and self.padding is not None:
+            raise ValueError("padding makes new answers, of which a file has no features; leave one of the two out")
         check_used(self, self.by_group, "by_group: true", "min_preference")
         return check_used(self, self.decisions is not None, "decisions", "min_worst")
 
@@ -69,6 +84,7 @@ class AdaptConfig(Recipe):
 
     reward: Path
     user: str
+    features: Path | None = None
     comparisons: Datasets | None = None
     pool: Datasets | None = None
     questions: int = Field(default=4, ge=1)

@@ -1,7 +1,7 @@
 """A fitted reward and its folder, and the conversion of pairs to comparisons.
 
-reward.json           kind, options, users and their groups, the model whose features it reads, and the ids of the pairs
-                      it was trained on; written last, so a folder that has it is complete
+reward.json           kind, options, users and their groups, the model whose features it reads (null: those of a file),
+                      and the ids of the pairs it was trained on; written last, so a folder that has it is complete
 reward.safetensors    parameters, states of the users, reference answers
 users/ID.json         a user who was added later (`apo reward adapt`), with their answers
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo.analysis.features import EncodedPairs
+from apo.analysis.features import EncodedPairs, Pooling
 from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Scorer, win_rate
@@ -73,7 +73,9 @@ class Reward:
     folder: Path | None = None
 
     @classmethod
-    def from_fit(cls, scorer: Scorer, data: Comparisons, pairs: EncodedPairs, model: str, **extra: Any) -> Reward:
+    def from_fit(
+        cls, scorer: Scorer, data: Comparisons, pairs: EncodedPairs, model: str | None, **extra: Any
+    ) -> Reward:
         """Return the reward of a scorer that was fitted on `data`, the comparisons of `pairs`."""
         assert scorer.states is not None
         answers = torch.cat([data.chosen, data.rejected])
@@ -135,6 +137,11 @@ class Reward:
                 reward.states[user["user"]] = torch.tensor(user["state"])
         return reward
 
+    @property
+    def pooling(self) -> Pooling:
+        """What represents a response among the features of the model."""
+        return self.facts["pooling"]
+
     def groups(self) -> dict[str, str]:
         """Return the group of each user: the prototype with the largest weight, or the single group."""
         names = list(self.scorer.groups())
@@ -151,7 +158,13 @@ class Reward:
         return states[user]
 
     def check_features(self, pairs: EncodedPairs) -> None:
-        """Raise UserError if the features come from another model than the reward was fitted on."""
+        """Raise UserError if the features come from another model or encoder than the reward was fitted on."""
+        sizes = pairs.features.prompt.shape[1], pairs.features.chosen.shape[1]
+        if sizes[1] != self.scorer.sizes[1]:
+            raise UserError(
+                f"this reward was fitted on features {self.scorer.sizes[1]} wide, and these are {sizes[1]} wide; give "
+                "features of the same encoder"
+            )
         expected, actual = self.facts["features"], pairs.features.model
         if expected != actual:
             raise UserError(

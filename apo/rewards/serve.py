@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from apo.analysis.features import encode
+from apo.analysis.features import NAMES, encode
 from apo.data.tokenize import eos_ids, tokenize
 from apo.models import load as models
 from apo.models import tensor_cache
@@ -27,6 +27,12 @@ class AnswerScorer:
         """`user` is a user or a group; None: the mean of all users. Raises UserError if the model is another one."""
         self._reward = reward
         self._state = reward.scorer.mean_state() if user is None else reward.user_state(user)
+        if reward.facts["model"] is None:
+            raise UserError(
+                "this reward was fitted on features of a file, so nothing here computes those of new answers"
+            )
+        if reward.pooling == "cumulative":
+            raise UserError("cumulative features are those of a pair, not of one answer; fit with pooling last or mean")
         name = models.find_model(reward.facts["model"])
         self._tokenizer = models.load_tokenizer(name)
         self._eos = eos_ids(self._tokenizer, models.load_generation_config(name))
@@ -36,6 +42,7 @@ class AnswerScorer:
         weights = tensor_cache.hash_model(self._model, adapter=True)
         attention = getattr(self._model.config, "_attn_implementation", None)
         identity = content_hash([weights, str(self._model.dtype), attention])
+        identity = identity if reward.pooling == "last" else content_hash([identity, reward.pooling])
         if identity != reward.facts["features"]:
             raise UserError(
                 f"model {reward.facts['model']} is not the one that this reward was fitted on; give it its old place"
@@ -55,7 +62,8 @@ class AnswerScorer:
             tokenized = tokenize(Dataset.from_list(rows), self._tokenizer, self._context, self._eos, "given").dataset
         except UserError:  # no answer fits the context
             return scores
-        prompts, features, *_ = encode(self._model, [dict(row) for row in tokenized])
+        vectors = dict(zip(NAMES, encode(self._model, [dict(row) for row in tokenized]), strict=True))
+        prompts, features = vectors["prompt"], vectors["chosen_mean" if self._reward.pooling == "mean" else "chosen"]
         states = self._state.expand(len(features), -1)
         rates = win_rate(self._reward.scorer, prompts, features, states, self._reward.references)
         for index, rate in zip(tokenized["_index"], rates.tolist(), strict=True):

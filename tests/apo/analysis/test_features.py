@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apo.analysis import features
-from apo.analysis.features import NAMES, Features, compute_features, encode_datasets, last_hidden, read_rows
+from apo.analysis.features import NAMES, Features, compute_features, encode_rows, last_hidden, read_rows
 from apo.data.tokenize import eos_ids, tokenize
 from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
@@ -67,6 +67,10 @@ def test_each_feature_is_that_of_the_pair_alone(tokenized, monkeypatch):
                 assert torch.allclose(actual.prompt[index], states[len(prompt) - 1], atol=1e-5)
                 assert torch.allclose(getattr(actual, name)[index], states[-1], atol=1e-5)
                 assert torch.allclose(getattr(actual, f"{name}_mean")[index], states[len(prompt) :].mean(0), atol=1e-5)
+                both = zip(row["chosen_ids"], row["rejected_ids"], strict=False)
+                tail = states[len(prompt) + [a == b for a, b in both].index(False) :]
+                total = sum(weight * state for weight, state in enumerate(tail, 1)) / sum(range(1, len(tail) + 1))
+                assert torch.allclose(getattr(actual, f"{name}_cumulative")[index], total, atol=1e-5)
 
 
 def test_they_are_computed_once_and_anew_where_weights_or_ids_change(tokenized, monkeypatch, tmp_path):
@@ -123,7 +127,7 @@ def test_pairs_of_files_come_with_their_labels_and_features(model_dir, tmp_path)
         del row["id"]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     messages = []
-    labelled_pairs = encode_datasets([str(tmp_path / "some.jsonl")], str(model_dir), messages.append)
+    labelled_pairs = encode_rows(read_rows([str(tmp_path / "some.jsonl")]), str(model_dir), messages.append)
     assert isinstance(labelled_pairs.features, Features)
     assert len(labelled_pairs.rows) == len(labelled_pairs.features) == len(labelled_pairs.tokenized) == 6
     assert [row["user"] for row in labelled_pairs.rows] == ["0", "1"] * 3
@@ -138,7 +142,7 @@ def test_pairs_longer_than_the_context_are_left_out_and_reported(model_dir, tmp_
     rows[2]["chosen"][0]["content"] = " ".join(["one"] * 300)
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     messages = []
-    labelled_pairs = encode_datasets([str(tmp_path / "some.jsonl")], str(model_dir), messages.append)
+    labelled_pairs = encode_rows(read_rows([str(tmp_path / "some.jsonl")]), str(model_dir), messages.append)
     assert [row["id"] for row in labelled_pairs.rows] == ["p0", "p1", "p3"]
     assert len(labelled_pairs.features) == 3
     assert "1 pairs are left out: they are longer than the model's context" in messages

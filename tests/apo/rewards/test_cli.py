@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 from apo.cli import app
 from apo.rewards.judge import pad_chosen, rows_by_group, worst_group_filter
 from apo.rewards.reward_dir import Reward, save_user, user_file, user_notes
+from apo.rewards.serve import AnswerScorer
+from clair.core.errors import UserError
 from tests.apo.conftest import NUMBERS, make_model, make_tokenizer
 from tests.apo.recipe_command import failure, run
 
@@ -392,3 +395,102 @@ def test_a_build_scores_answers_with_a_fitted_reward_as_its_checker(world, tmp_p
     for row in built:
         wanted = [expected[row["id"]][name] for name in ("score_chosen", "score_rejected")]
         assert [row["score_chosen"], row["score_rejected"]] == pytest.approx(sorted(wanted, reverse=True), abs=1e-5)
+
+
+# ---- features of a file
+
+
+@pytest.fixture(scope="module")
+def embedded(world):
+    """The comparisons of `world` embedded by somebody else: the share of numbers, and noise that says nothing."""
+    rows, rng = read(world / "pairs.jsonl"), np.random.default_rng(0)
+
+    def embed(side: str) -> np.ndarray:
+        shares = [np.mean([word in NUMBERS for word in row[side][0]["content"].split()]) for row in rows]
+        return np.column_stack([shares, 0.1 * rng.standard_normal((len(rows), 3))])
+
+    vectors = {side: embed(side) for side in ("chosen", "rejected")}
+    np.savez(world / "features.npz", id=[row["id"] for row in rows], encoder="words", **vectors)
+    np.savez(world / "wider.npz", id=[row["id"] for row in rows], chosen=np.ones((160, 5)), rejected=np.ones((160, 5)))
+    recipe = {"dataset": world / "pairs.jsonl", "features": world / "features.npz", "kind": "pal"}
+    result = run("reward fit", **recipe, out=world / "of_file")
+    assert result.exit_code == 0, result.output
+    return world
+
+
+def test_every_command_takes_the_features_of_a_file(embedded, tmp_path):
+    facts = json.loads((embedded / "of_file/reward.json").read_text())
+    assert (facts["model"], facts["sizes"]) == (None, [1, 4])
+    assert facts["measured"]["accuracy"] == 1.0
+    features = {"dataset": embedded / "pairs.jsonl", "features": embedded / "features.npz"}
+    selected = run("reward select", **features, max_tastes=2)
+    assert "several tastes: PAL with 2 prototypes" in selected.output
+    recipe = {**features, "reward": embedded / "of_file", "out": tmp_path / "s.jsonl"}
+    assert run("reward score", **recipe).exit_code == 0
+    assert sum(row["score_chosen"] > row["score_rejected"] for row in read(tmp_path / "s.jsonl")) == 160
+    shutil.copytree(embedded / "of_file", tmp_path / "r")
+    of_one = write(tmp_path / "one.jsonl", [row for row in read(embedded / "pairs.jsonl") if row["user"] == "u1"][:5])
+    adapt = {"reward": tmp_path / "r", "comparisons": of_one, "features": embedded / "features.npz"}
+    result = run("reward adapt", **adapt, user="ann")
+    assert result.exit_code == 0, result.output
+    groups = Reward.load(tmp_path / "r").groups()
+    assert groups["ann"] == groups["u1"]
+    certificate = run("certify", dataset=tmp_path / "s.jsonl", property="floor", bound=0.1, alpha=0.2)
+    assert certificate.exit_code == 0, certificate.output
+
+
+def test_features_of_a_file_and_of_a_model_are_never_mixed(embedded, tmp_path):
+    scoring = {"dataset": embedded / "pairs.jsonl", "out": tmp_path / "s.jsonl"}
+    of_file = {**scoring, "reward": embedded / "of_file"}
+    assert "give `features`, of the same encoder" in failure("reward score", **of_file)
+    message = failure("reward score", **of_file, features=embedded / "wider.npz")
+    assert "fitted on features 4 wide, and these are 5 wide" in message
+    assert "32 wide, and these are 4 wide" in failure(
+        "reward score", **scoring, reward=embedded / "pal", features=embedded / "features.npz"
+    )
+    assert "padding makes new answers" in failure("reward score", **of_file, features="f.npz", padding="x")
+    fit = {"dataset": embedded / "pairs.jsonl", "out": tmp_path / "r"}
+    assert "either model" in failure("reward fit", **fit)
+    assert "either model" in failure("reward fit", **fit, model="m", features="f.npz")
+    assert "pooling is for features of a model" in failure("reward fit", **fit, features="f.npz", pooling="mean")
+    by_prompt = {"kind": "pal", "by_prompt": True, "features": embedded / "features.npz"}
+    assert "no column 'prompt'" in failure("reward fit", **fit, **by_prompt)
+    with pytest.raises(UserError, match="fitted on features of a file"):
+        AnswerScorer(Reward.load(embedded / "of_file"))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cumulative"])
+def test_an_average_over_tokens_represents_the_answers_in_every_command(world, tmp_path, pooling):
+    recipe = {"dataset": world / "pairs.jsonl", "model": world / "model", "kind": "pal", "pooling": pooling}
+    assert run("reward fit", **recipe, out=tmp_path / "r").exit_code == 0
+    facts = json.loads((tmp_path / "r/reward.json").read_text())
+    assert facts["pooling"] == pooling
+    assert facts["measured"]["accuracy"] == 1.0
+    scoring = {"dataset": world / "pairs.jsonl", "reward": tmp_path / "r", "out": tmp_path / "s.jsonl"}
+    assert run("reward score", **scoring, padding=" the").exit_code == 0
+    rows = read(tmp_path / "s.jsonl")
+    assert sum(row["score_chosen"] > row["score_rejected"] for row in rows) >= 158
+    if pooling == "cumulative":
+        with pytest.raises(UserError, match="cumulative features are those of a pair"):
+            AnswerScorer(Reward.load(tmp_path / "r"))
+    else:
+        scorer, state = Reward.load(tmp_path / "r"), AnswerScorer(Reward.load(tmp_path / "r"), rows[0]["user"])
+        scores = state.scores(rows[0]["prompt"], [rows[0]["chosen"][0]["content"]])
+        assert scores == pytest.approx([rows[0]["score_chosen"]], abs=1e-5)
+        assert scorer.facts["features"] != json.loads((world / "pal/reward.json").read_text())["features"]
+
+
+def test_distinguish_measures_clusters_on_the_features_of_a_file(embedded, tmp_path):
+    rows, model = read(embedded / "pairs.jsonl")[:40], embedded / "model"
+    pairs = write(tmp_path / "pairs.jsonl", rows)
+    with np.load(embedded / "features.npz") as arrays:
+        chosen, rejected = arrays["chosen"][:40], arrays["rejected"][:40]
+    np.savez(tmp_path / "f.npz", chosen=chosen, rejected=rejected, prompt=np.ones((40, 2)))
+    recipe = {"dataset": pairs, "model": model, "by": "user", "out": tmp_path / "out"}
+    result = run("distinguish", **recipe, features=tmp_path / "f.npz")
+    assert result.exit_code == 0, result.output
+    clusters = {c["name"]: c for c in json.loads((tmp_path / "out/distinguish.json").read_text())["clusters"]}
+    u = (chosen - rejected)[:20]  # u0 prefers numbers, u1 words: their mean differences are opposite
+    assert clusters["u0"]["conflict"] < -0.9
+    squares = ((u.sum(0) ** 2).sum() - (u**2).sum()) / (20 * 19)
+    assert clusters["u0"]["delta"]["value"] == pytest.approx(squares**0.5, rel=1e-4)
