@@ -1,10 +1,11 @@
-"""Write docs/cli.md from the commands' own --help, or see that it is fresh.
+"""Write docs/cli_clair.md and docs/cli_apo.md from the commands' own --help, or check that they are up to date.
 
 python docs/make_cli.py [--check]
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,32 +13,24 @@ from pathlib import Path
 import typer
 from typer.testing import CliRunner
 
-PAGE = Path(__file__).parent / "cli.md"
 WIDTH = 100
 INTRODUCTION = """\
-# Command line
+# The command `{name}`
 
-What `--help` prints, for every command. This page is written by `make cli-docs` and checked by `make lint`.
-
-Exit codes: 0 done; 2 a mistake of the user's, told in one line before any work; 3 some rows failed and the rest is
-complete; 4 stopped by the budget; 5 training stopped by what it found; 130 interrupted. After 3, 4 and 130 the same
-command goes on from there.
+This page shows the `--help` of `{name}` and of its subcommands; [`{other}`](cli_{other}.md) has its own page.
+`make cli-docs` writes both. [Exit codes](filters.md#exit-codes) are the same for all commands.
 """
 
 
-def page() -> str:
-    """The text of docs/cli.md."""
-    from apo.cli import app as apo
-    from clair.cli import app as clair
-
-    sections = [INTRODUCTION]
-    for name, app in (("clair", clair), ("apo", apo)):
-        app.rich_markup_mode = None
-        sections.append(_section("##", [name], app))
-        for command, command_object in typer.main.get_command(app).commands.items():
-            sections.append(_section("###", [name, command], app))
-            inner = getattr(command_object, "commands", ())  # of a group, such as `apo eval`
-            sections += [_section("####", [name, command, sub], app) for sub in inner]
+def page(name: str, other: str) -> str:
+    """The text of a command's page; `other` is the other command."""
+    app = importlib.import_module(f"{name}.cli").app
+    app.rich_markup_mode = None
+    sections = [INTRODUCTION.format(name=name, other=other), _section("##", [name], app)]
+    for command, command_object in typer.main.get_command(app).commands.items():
+        sections.append(_section("###", [name, command], app))
+        subcommands = getattr(command_object, "commands", ())  # of a group, such as `apo eval`
+        sections += [_section("####", [name, command, sub], app) for sub in subcommands]
     return "\n".join(sections)
 
 
@@ -52,13 +45,14 @@ def _section(level: str, arguments: list[str], app: typer.Typer) -> str:
 
 
 def main() -> None:
-    """Write the page; with --check only compare."""
+    """Write the pages; with --check only compare."""
     os.environ["NO_COLOR"] = "1"
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, "utf-8")
-    elif not PAGE.is_file() or PAGE.read_text("utf-8") != text:
-        sys.exit(f"{PAGE.name} is not what the commands say; run: make cli-docs")
+    for name, other in (("clair", "apo"), ("apo", "clair")):
+        text, file = page(name, other), Path(__file__).with_name(f"cli_{name}.md")
+        if "--check" not in sys.argv[1:]:
+            file.write_text(text, "utf-8")
+        elif not file.is_file() or file.read_text("utf-8") != text:
+            sys.exit(f"{file.name} differs from the commands' --help; run: make cli-docs")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_exit_codes_are_the_ones_of_the_code():
 # ---- blocks
 
 
-def test_cli_page_is_what_the_commands_say():
+def test_cli_pages_are_what_the_commands_say():
     check = [sys.executable, "docs/make_cli.py", "--check"]
     result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
