@@ -67,30 +67,41 @@ class Advice:
     beware: list[str] = field(default_factory=list)
 
 
-def advise(evidence: Evidence) -> Advice:
-    """Derive the advice: check that the pairs carry a signal, then compare winners with the model's own answers."""
+def refusal(evidence: Evidence) -> Advice | None:
+    """The advice not to train if the pairs cannot be right: another model's template, or exchanged columns."""
     if evidence.strange > MAX_STRANGE:
-        return Advice(
-            "none",
-            "high",
-            f"{evidence.strange:.0%} of the prompts do not fit this model's template; convert them first",
-        )
+        reason = f"{evidence.strange:.0%} of the prompts do not fit this model's template; convert them first"
+        return Advice("none", "high", reason)
     if evidence.right is not None and evidence.right.hi < 0.5:
-        return Advice(
-            "none",
-            "high",
-            f"the judge prefers the losers in {1 - evidence.right.value:.0%}: are the columns exchanged?",
-        )
-    if evidence.right is not None and evidence.right.lo <= 0.5:
-        reason = (
-            f"the judge cannot distinguish winners from losers: it prefers {evidence.right.value:.0%} of the winners"
-        )
+        losers = 1 - evidence.right.value
+        return Advice("none", "high", f"the judge prefers the losers in {losers:.0%}: are the columns exchanged?")
+    return None
+
+
+def advise(evidence: Evidence) -> Advice:
+    """Derive the advice: check that the pairs can be right, then compare winners with the model's own answers.
+
+    Too little evidence lowers the certainty. It is no reason not to train.
+    """
+    if refused := refusal(evidence):
+        return refused
+    right = evidence.right
+    if right is not None and right.lo <= 0.5 and right.hi <= 0.5 + FINE:
+        reason = f"the judge cannot distinguish winners from losers: it prefers {right.value:.0%} of the winners"
         return Advice("none", "fair", reason)
-    if evidence.right is None and evidence.coherence.lo <= 0:
-        return Advice("none", "low", "the pairs have no common direction, as if their labels were random")
     standing, sure, because = winner_standing(evidence)
     objective: AdvisedObjective = "apo_zero" if standing == "better" else "apo_down" if standing == "worse" else "dpo"
     beware = []
+    if right is not None and right.lo <= 0.5:
+        sure = "low"
+        beware.append(
+            f"too few pairs to say if winners are better than losers: the judge prefers {right.value:.0%} of them "
+            f"({right.lo:.0%} to {right.hi:.0%}); {sample_size(FINE)} prompts would do"
+        )
+    if right is None and evidence.coherence.lo <= 0:
+        beware.append(
+            "the first steps of these pairs have no common direction; only a judge could say if labels are right"
+        )
     if both_own(evidence):
         sure = CERTAINTIES[max(0, CERTAINTIES.index(sure) - 1)]
         beware.append(
@@ -104,6 +115,15 @@ def advise(evidence: Evidence) -> Advice:
     if not 0.3 <= evidence.longer.value <= 0.7 and not evidence.longer.lo <= 0.5 <= evidence.longer.hi:
         beware.append(f"{evidence.longer.value:.0%} of the winners are longer: the model will learn length as well")
     return Advice(objective, sure, because, suggest_beta(evidence), suggest_learning_rate(evidence), beware)
+
+
+def pilot_order(evidence: Evidence) -> tuple[str, ...]:
+    """The objectives of pilots, the most promising first."""
+    return {
+        "better": ("apo_zero", "sft", "dpo", "apo_down"),
+        "even": ("dpo", "apo_zero", "sft", "apo_down"),
+        "worse": ("apo_down", "dpo", "apo_zero", "sft"),
+    }[winner_standing(evidence)[0]]
 
 
 def winner_standing(evidence: Evidence) -> tuple[Literal["better", "worse", "even"], Certainty, str]:

@@ -150,6 +150,14 @@ _INSPECTION_FORMATS = (
         ("guard/accuracy_drop_noise", " +- {:.1%})"),
     ),
     (
+        ("guard/kl", "guard: own answers {:+.3f} nats a token lost"),
+        ("guard/kl_noise", " (+- {:.3f})"),
+    ),
+    (
+        ("guard/winners_fall", "guard: winners {:.3f} nats a token below their highest"),
+        ("guard/winners_fall_noise", " (+- {:.3f})"),
+    ),
+    (
         ("probe/kl", "probe: KL {:.2g} nats a token"),
         ("probe/edited_chosen", ", chosen edited {:+.3f}"),
         ("probe/shared_chosen", ", shared {:+.3f}"),

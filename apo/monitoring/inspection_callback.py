@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from apo.monitoring.guard import GuardMeasurement, GuardSet, default_interval, guard_metrics, measure_guard, violation
+from apo.monitoring.guard import (
+    GuardMeasurement,
+    GuardSet,
+    default_interval,
+    guard_metrics,
+    higher,
+    measure_guard,
+    violation,
+)
 
 if TYPE_CHECKING:
     from apo.monitoring.sample_answers import SampleAnswers
@@ -47,6 +55,7 @@ class InspectionCallback(TrainerCallback):
         self.violation: str | None = None
         self._trainer: InspectedTrainer | None = None
         self._baseline: GuardMeasurement | None = None
+        self._highest: GuardMeasurement | None = None
         self._measured_step: int | None = None
 
     def begin(
@@ -55,11 +64,16 @@ class InspectionCallback(TrainerCallback):
         """Measure the guard on the model before the first step, also if the run resumes from a later step."""
         self._trainer, self.diagnostics, self.samples = trainer, diagnostics, samples
         if self.guard_set is not None:
-            self._baseline = measure_guard(trainer.response_logps, self.guard_set)
+            self._baseline = self._highest = measure_guard(trainer.response_logps, self.guard_set)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Log the baseline at step 0, and write the answers of the model before training."""
+        """Log the baseline at step 0, and write the answers of the model before training.
+
+        A run that resumes measures the winners of its checkpoint: the highest that it knows of.
+        """
         if state.global_step > 0:
+            if self.guard_set is not None and self.guard_set.winners and self._trainer and self._highest:
+                self._highest = higher(self._highest, measure_guard(self._trainer.response_logps, self.guard_set))
             return
         self._write_samples(state)
         if self._baseline is not None:
@@ -98,7 +112,8 @@ class InspectionCallback(TrainerCallback):
         if measure and self._trainer is not None and self.guard_set is not None and self._baseline is not None:
             with self._trainer.meter.pause():
                 measurement = measure_guard(self._trainer.response_logps, self.guard_set)
-            guarded = guard_metrics(self._baseline, measurement)
+            guarded = guard_metrics(self._baseline, measurement, self._highest)
+            self._highest = higher(self._highest or measurement, measurement)
             metrics, self._measured_step = guarded | metrics, state.global_step
             self.violation = violation(self.guard_set.guard, guarded)
             if self.violation:

@@ -130,7 +130,8 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     train.notes.extend(objective_notes(resolve_mixture(args.objective), args.beta, answer_lengths(train.dataset)))
     if any("too_long" in split.dropped for split in (train, evaluated) if split):
         train.notes.append(f"too long is more than {args.max_length:,} tokens, {limit}")
-    guard_set = load_guard(config.guard, tokenizer, generation, context, day) if config.guard else None
+    held_out: Any = list(evaluated.dataset) if evaluated and config.guard and config.guard.winners else None
+    guard_set = load_guard(config.guard, tokenizer, generation, context, day, held_out) if config.guard else None
     steps = count_steps(args, train.dataset, count)
     check_optimizer(args, steps)
     planned = Plan(config, name, tokenizer, args, train, evaluated, steps, day, guard_set, count)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from apo.advice.rule import Evidence, advise, sample_size, suggest_beta, suggest_learning_rate
+from apo.advice.rule import Evidence, advise, pilot_order, sample_size, suggest_beta, suggest_learning_rate
 from apo.analysis.distinguishability import Interval
 
 
@@ -43,9 +43,12 @@ ALONE = {"win": None, "right": None}
         # labels that say nothing
         ({"right": interval(0.5)}, "none", "fair"),
         ({"right": interval(0.3)}, "none", "high"),
-        ({"right": interval(0.55)}, "none", "fair"),
+        ({"right": interval(0.54)}, "none", "fair"),
         ({"coherence": interval(0.01)}, "apo_zero", "high"),  # the judge knows better
-        ({**ALONE, "coherence": interval(0.01)}, "none", "low"),
+        # too little evidence is no reason not to train
+        ({"right": interval(0.5, 0.17)}, "apo_zero", "low"),
+        ({"right": interval(0.6, 0.15), "win": interval(0.5)}, "dpo", "low"),
+        ({**ALONE, "coherence": interval(0.01)}, "apo_zero", "low"),
         # nobody judges: who made which side
         (ALONE, "apo_zero", "low"),
         ({**ALONE, "winners_own": 0.0, "losers_own": 1.0}, "apo_zero", "fair"),
@@ -78,12 +81,27 @@ def test_each_case_has_its_advice(evidence, objective, sure):
         ({"longer": interval(0.1)}, "10% of the winners are longer"),
         ({"winners_own": 1.0, "losers_own": 1.0}, "the model wrote both sides"),
         ({"winner_gap": LEVEL}, "both sides are as likely to the model as its own answers"),
+        (
+            {"right": interval(0.5, 0.17)},
+            "too few pairs to say if winners are better than losers: the judge prefers 50% of "
+            "them (33% to 67%); 197 prompts would do",
+        ),
+        ({**ALONE, "coherence": interval(0.01)}, "no common direction"),
     ],
 )
 def test_only_what_to_watch_is_reported(evidence, warning):
     assert advise(PLAIN).beware == []
     (beware,) = advise(replace(PLAIN, **evidence)).beware
     assert warning in beware
+
+
+@pytest.mark.parametrize(
+    ("win", "first"), [(interval(0.8), "apo_zero"), (interval(0.5), "dpo"), (interval(0.2), "apo_down")]
+)
+def test_the_evidence_orders_all_pilots(win, first):
+    order = pilot_order(replace(PLAIN, win=win))
+    assert order[0] == first
+    assert sorted(order) == ["apo_down", "apo_zero", "dpo", "sft"]
 
 
 @pytest.mark.parametrize("winner", [BELOW, LEVEL])

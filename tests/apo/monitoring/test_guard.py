@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from apo import cli
 from apo.monitoring import guard
 from apo.monitoring.failures import TrainingStopped
-from apo.monitoring.guard import Guard, GuardMeasurement, guard_metrics, load_guard, measure_guard, violation
+from apo.monitoring.guard import Guard, GuardMeasurement, guard_metrics, higher, load_guard, measure_guard, violation
 from apo.packing.logps import response_logps
 from apo.run_dir.checkpoints import checkpoints, resume_problem
 from apo.training.config import TrainConfig
@@ -102,6 +102,35 @@ def test_a_rail_is_crossed_beyond_its_noise_only():
     )
     assert " and the accuracy" in measured(0.3, 0.1, 0.4, 0.1)
     assert "rose by nan" in measured(math.nan, math.nan, 0, 0)
+
+
+def test_winners_are_compared_with_their_highest_and_own_answers_with_the_untrained_model():
+    start = GuardMeasurement((), (), (), answers=(10.0, 30.0), answer_tokens=(10, 10), winners=(-2.0, -1.0, -3.0))
+    peak = GuardMeasurement((), (), (), answers=(12.0, 32.0), answer_tokens=(10, 10), winners=(-1.0, -0.5, -2.0))
+    later = GuardMeasurement((), (), (), answers=(14.0, 34.0), answer_tokens=(10, 10), winners=(-1.5, -0.9, -2.4))
+    assert higher(start, peak) is peak
+    assert higher(peak, later) is peak
+    rails = Guard(winners=True, answers="a", max_kl=0.3)
+    assert violation(rails, guard_metrics(start, later, start)) == (
+        "the model's own answers fell by 0.4 nats per token (+- 0; guard.max_kl allows 0.3)"
+    )
+    fallen = guard_metrics(start, later, peak)
+    assert fallen["guard/winners_fall"] == pytest.approx((0.5 + 0.4 + 0.4) / 3)
+    assert fallen["guard/winners_fall_noise"] == pytest.approx(2 * math.sqrt((2 / 3) * 0.01 / 2 / 3), rel=1e-6)
+    assert "held-out chosen answers fell by 0.433 nats per token from their highest" in violation(rails, fallen)
+
+
+def test_own_answers_and_winners_can_each_stop_a_run(recipe, folder, tmp_path):
+    own = [{"prompt": "what is " + row["text"], "answer": row["text"]} for row in texts(6)]
+    file = write(tmp_path / "own.jsonl", own)
+    recipe |= {"dataset": str(folder), "trainer": {**recipe["trainer"], "learning_rate": 0.05}}
+    assert "6 own answers, 6 winners" in plan(
+        TrainConfig(**{**recipe, "guard": {"answers": file, "winners": True}})
+    ).guard_set.summary(20)
+    with pytest.raises(TrainingStopped, match=r"own answers fell by .*guard.max_kl allows 0.001"):
+        run(recipe, guard={"answers": file, "max_kl": 0.001})
+    with pytest.raises(TrainingStopped, match="held-out chosen answers fell by"):
+        run(recipe, objective="apo_down", guard={"winners": True}, out=str(tmp_path / "down"))
 
 
 def test_a_look_is_what_the_plain_log_probs_say(recipe, tmp_path, model_dir):
@@ -246,6 +275,11 @@ def bad_task(**changes):
 BAD = {
     "nothing": (lambda _: {}, "a guard without text and tasks"),
     "misspelt": (lambda _: {"txt": "a"}, "txt"),
+    "winners without pairs": (lambda _: {"winners": True}, "guard.winners: at least 2 held-out pairs are needed"),
+    "own answers without a text": (
+        lambda t: {"answers": write(t / "t.jsonl", [{"prompt": "one", "answer": 2}])},
+        "line 1: a row needs prompt and answer, a text",
+    ),
     "limit without file": (
         lambda _: {"tasks": "a", "most_loss_rise": 1},
         "most_loss_rise would be ignored without text",
