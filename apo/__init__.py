@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         sft,
         simpo,
     )
+    from apo.models.load import load_for_user
     from apo.training.config import TrainConfig
     from apo.training.trainer import APOTrainer
     from apo.training.trainer_config import APOConfig
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate_ifeval",
     "ipo",
     "kto",
+    "load_for_user",
     "robust",
     "sft",
     "simpo",
@@ -54,6 +56,7 @@ _HOME = {
     **dict.fromkeys(("TrainingResult", "advise", "compare", "evaluate", "evaluate_ifeval", "train"), "api"),
     **dict.fromkeys(("OBJECTIVES", "apo_down", "apo_hinge_zero", "apo_zero", "apo_zero_unpaired"), "losses.objectives"),
     **dict.fromkeys(("dpo", "ipo", "kto", "robust", "sft", "simpo"), "losses.objectives"),
+    "load_for_user": "models.load",
     "APOConfig": "training.trainer_config",
     "APOTrainer": "training.trainer",
     "TrainConfig": "training.config",

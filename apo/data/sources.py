@@ -54,16 +54,20 @@ class Source(Recipe):
 
 
 def load_train(
-    sources: Sequence[Source], seed: int, weights: str | None = None, note: Callable[[str], None] | None = None
+    sources: Sequence[Source],
+    seed: int,
+    weights: str | None = None,
+    note: Callable[[str], None] | None = None,
+    states: str | None = None,
 ) -> Dataset:
     """The training pairs, or unpaired rows, of all sources, weighted.
 
-    `note` receives a line for each kind of repair. Raises UserError for fewer than two rows, and for pairs in one
+    `weights` and `states` are columns that they have besides. `note` receives a line for each kind of repair. Raises UserError for fewer than two rows, and for pairs in one
     source and unpaired rows in another.
     """
     datasets = []
     for number, source in enumerate(sources):
-        rows = _load(source, source.split, weights, _prefixed(source, sources, note))
+        rows = _load(source, source.split, weights, _prefixed(source, sources, note), states)
         if not len(rows) and source.where:
             raise UserError(_no_rows_message(source))
         if source.weight != 1:
@@ -87,6 +91,7 @@ def load_eval(
     split_or_path: bool | str,
     weights: str | None = None,
     note: Callable[[str], None] | None = None,
+    states: str | None = None,
 ) -> Dataset | None:
     """The held-out pairs: of the split of that name, of a file or folder, or (True) of the split `test` of all sources
     that have it. None if there are none, and for False.
@@ -106,7 +111,7 @@ def load_eval(
             )
         with_split, split = [_eval_source(split, sources)], ""
     loaded = [
-        (source, _load_unless_empty(source, split or source.split, weights, _prefixed(source, with_split, note)))
+        (source, _load_unless_empty(source, split or source.split, weights, _prefixed(source, with_split, note), states))
         for source in with_split
     ]
     present = [(source, pairs) for source, pairs in loaded if pairs is not None]
@@ -185,9 +190,11 @@ def _common_feature(a: Any, b: Any) -> Any:
     raise TypeError
 
 
-def hash_pairs(dataset: Dataset, weights: str | None = None) -> str:
-    """SHA-256 over the token ids (and masks, and weights) of all rows in order. A resumed run compares it."""
+def hash_pairs(dataset: Dataset, weights: str | None = None, states: str | None = None) -> str:
+    """SHA-256 over the token ids (and masks, weights and states) of all rows in order. A resumed run compares it."""
     digest = hashlib.sha256()
+    if states is not None:
+        digest.update(repr(dataset[states][:]).encode())
     if weights is not None:
         digest.update(repr([float(value) for value in dataset[weights][:]]).encode())
     names = [name for name in (*ID_COLUMNS, *MASK_COLUMNS) if name in dataset.column_names]
@@ -251,16 +258,24 @@ def _read(source: Source, split: str) -> Preferences:
     return load_preferences(source.path, split, name=source.name, columns=source.columns)
 
 
-def _load(source: Source, split: str, weights: str | None = None, note: Callable[[str], None] | None = None) -> Dataset:
+def _load(
+    source: Source,
+    split: str,
+    weights: str | None = None,
+    note: Callable[[str], None] | None = None,
+    states: str | None = None,
+) -> Dataset:
     path = source.path
     read = _read(source, split)
     if note:
         for line in read.notes:
             note(line)
     pairs = _filter_rows(read.dataset, source)
-    if weights is not None:
-        check_name(f"weights: dataset {path}, split {split!r}, has no column", weights, pairs.column_names, "found")
-    columns = [*_COLUMNS, weights] if weights is not None and weights not in _COLUMNS else _COLUMNS
+    extra = {key: column for key, column in (("weights", weights), ("soft_prompt", states)) if column is not None}
+    for key, column in extra.items():
+        check_name(f"{key}: dataset {path}, split {split!r}, has no column", column, pairs.column_names, "found")
+    users = [] if states is None else ["user"]
+    columns = [*dict.fromkeys([*_COLUMNS, *extra.values(), *users])]
     for column in {"image", "images"} & set(pairs.column_names):
         if any(pairs[column]):
             raise UserError(
@@ -282,10 +297,10 @@ def _with_template_options(rows: Dataset, options: Mapping[str, Any] | None) -> 
 
 
 def _load_unless_empty(
-    source: Source, split: str, weights: str | None, note: Callable[[str], None] | None
+    source: Source, split: str, weights: str | None, note: Callable[[str], None] | None, states: str | None
 ) -> Dataset | None:
     try:
-        pairs = _load(source, split, weights, note)
+        pairs = _load(source, split, weights, note, states)
     except UserError as error:
         if "corresponds to no data" in str(error) or "has no rows" in str(
             error

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clair.core.errors import UserError, one_line
-from clair.inference.model_folder import adapter_base, check_remote_code, resize_vocabulary, weights_identity
+from clair.inference.model_folder import (
+    SOFT_PROMPT,
+    adapter_base,
+    check_remote_code,
+    resize_vocabulary,
+    weights_identity,
+)
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from clair.inference.generation.soft_prompt import SoftPrompt
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -36,13 +44,21 @@ class ModelName:
         return self.base != self.path
 
 
-def find_model(path: str, trust_remote_code: bool = False) -> ModelName:
-    """Resolve a folder or hub name. Raises UserError for a folder that does not exist or holds no model."""
+def find_model(path: str, trust_remote_code: bool = False, *, soft_prompt: bool = False) -> ModelName:
+    """Resolve a folder or hub name. Raises UserError for a folder that does not exist or holds no model.
+
+    Unless `soft_prompt`, also for one with a soft prompt, which would be left out.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if folder.is_file() or path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise UserError(f"model folder {path} does not exist; give a folder with config.json, or a hub name")
         return ModelName(path, path, trust_remote_code)
+    if not soft_prompt and (folder / SOFT_PROMPT).is_file():
+        raise UserError(
+            f"model {path} has a soft prompt of its users ({SOFT_PROMPT}), which would be left out here; answer with it "
+            "(apo.load_for_user, or `user` of a local model), or give the model that it was trained from"
+        )
     if (folder / ADAPTER_CONFIG).is_file():
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise UserError(f"adapter {path} has no {ADAPTER_WEIGHTS}; only safetensors are read")
@@ -132,6 +148,30 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
         return PeftModel.from_pretrained(model, name.path, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"adapter {name.path} does not fit {name.base}: {one_line(error)}") from error
+
+
+def load_for_user(
+    folder: str | Path, user: str | Sequence[float], **options: Any
+) -> tuple[PreTrainedModel | Any, PreTrainedTokenizerBase, SoftPrompt]:
+    """Load a model that was trained with a soft prompt, to answer for one user.
+
+    Args:
+        folder: the run's folder: the whole model or the adapter, with soft_prompt.json beside it.
+        user: the name of a user of the training pairs, or a user's state, such as a new user's latent.
+        options: to `from_pretrained`, such as `dtype="bfloat16"`; by default float32.
+
+    Returns the model in evaluation mode, its tokenizer and the soft prompt. `soft_prompt.mark(ids)` are the ids of a
+    prompt for this user; of the prompt itself, the model answers as it does without a user.
+    Raises UserError, in one line, for a folder without a soft prompt, an unknown user or a state of another width.
+    """
+    from clair.inference.generation.soft_prompt import SoftPrompt
+
+    soft_prompt = SoftPrompt.load(Path(folder))
+    state = soft_prompt.state_of(user)
+    name = find_model(str(folder), soft_prompt=True)
+    tokenizer, model = load_tokenizer(name), load_model(name, **options)
+    soft_prompt.attach(model).states = state[None]
+    return model.eval(), tokenizer, soft_prompt
 
 
 def quantization_problem() -> str | None:

@@ -21,6 +21,8 @@ Stacked = Mapping[str, Any]
 """TRL's stacked batch."""
 PAIR_WEIGHT = "pair_weight"
 """Key of an example's weight, if a dataset column holds weights."""
+STATE = "user_state"
+"""Key of an example's state of its user, if a dataset column holds states."""
 _TOKENS = ("prompt_ids", *(f"{side}_{kind}" for side in SIDES for kind in ("ids", "mask")))
 
 
@@ -130,7 +132,7 @@ def rotate_responses(
     keep their sizes. `gather` concatenates the lists of all processes; pairs then follow one another as they would in
     one process. A single pair has no other responses: its batch is a dummy.
     """
-    rows = [[{key: e[key] for key in _TOKENS if key in e} for e in batch.examples] for batch in batches]
+    rows = [[{key: e[key] for key in (*_TOKENS, STATE) if key in e} for e in batch.examples] for batch in batches]
     firsts = gather([[None if batch.dummy else row[0] for batch, row in zip(batches, rows, strict=True)]])
     order = sorted((step, process) for process, steps in enumerate(firsts) for step, first in enumerate(steps) if first)
     successors = dict(zip(order, order[1:] + order[:1], strict=True))
@@ -142,5 +144,8 @@ def rotate_responses(
         next_step, next_process = successors[step, rank]
         following = [*examples[1:], firsts[next_process][next_step]]
         pairs = zip(examples, following, strict=True)
-        rotated.append(PairBatch([{**later, "prompt_ids": e["prompt_ids"]} for e, later in pairs], batch.pad))
+        asked = ("prompt_ids", STATE)
+        rotated.append(
+            PairBatch([{**later, **{key: e[key] for key in asked if key in e}} for e, later in pairs], batch.pad)
+        )
     return rotated

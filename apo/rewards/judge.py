@@ -20,6 +20,7 @@ def score_pairs(reward: Reward, pairs: EncodedPairs, states: Tensor) -> list[dic
     preferred                      the probability that a group prefers chosen, by group
     worst                          the lowest of these probabilities
     group                          the user's group, if the reward has groups and the user is in one
+    state                          the user's state, if the reward has states and the pair has a user
     """
     chosen, rejected = (values.tolist() for values in reward.win_rates(pairs, states))
     wins = {name: values.tolist() for name, values in reward.preferred(pairs).items()}
@@ -35,6 +36,7 @@ def score_pairs(reward: Reward, pairs: EncodedPairs, states: Tensor) -> list[dic
                 "preferred": preferred,
                 "worst": min(preferred.values()),
                 "group": groups.get(row["user"], row["group"]),
+                **({"state": states[index].tolist()} if states.shape[1] and row["user"] is not None else {}),
             }
         )
     return rows

@@ -6,7 +6,7 @@ import logging
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,9 @@ from apo.monitoring.failures import TrainingStopped, checkpoint_hint, stop_on_wr
 from apo.run_dir import checkpoints
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from clair.inference.generation.soft_prompt import SoftPrompt
 
 _LOG = logging.getLogger(__name__)
 _UPLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "*.png")
@@ -37,6 +40,8 @@ class CheckpointTrainer(DPOTrainer):
     """A checkpoint whose files have just been hashed: `train` does not hash them again."""
     _is_decomposed = False
     """True if the adapter began as a part of the weights (decomposed_lora.py)."""
+    soft_prompt: SoftPrompt | None = None
+    """In files of its own: other programs read the model's without it."""
     _saved_use_cache: bool
     """`use_cache` of the saved config; training turns it off."""
 
@@ -73,6 +78,14 @@ class CheckpointTrainer(DPOTrainer):
         if damage := checkpoints.find_damage(best):
             raise TrainingStopped(f"the best model, {best}, is damaged: {damage}; {checkpoint_hint(self)}")
         super()._load_best_model()
+        if self.soft_prompt is not None:
+            self.soft_prompt.restore(best)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights, and the soft prompt beside them."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.soft_prompt is not None:
+            self.soft_prompt.restore(Path(resume_from_checkpoint))
 
     # Saving
 
@@ -116,6 +129,10 @@ class CheckpointTrainer(DPOTrainer):
         if state_dict is not None:  # gathered from all processes, which repeats tied weights
             tied = getattr(model, "all_tied_weights_keys", None) or {}
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        if self.soft_prompt is not None:
+            state_dict = {k: v for k, v in (state_dict or model.state_dict()).items() if "soft_prompt." not in k}
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.soft_prompt.save(Path(folder))
         training_use_cache, model.config.use_cache = model.config.use_cache, self._saved_use_cache
         with warnings.catch_warnings():  # PEFT warns that it saves embeddings that were resized, which is right
             warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning)

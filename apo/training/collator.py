@@ -8,16 +8,18 @@ from typing import Any
 
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from apo.packing.batch import PAIR_WEIGHT, PairBatch, Stacked, mask_turns, unstack
+from apo.packing.batch import PAIR_WEIGHT, STATE, PairBatch, Stacked, mask_turns, unstack
 from apo.packing.layout import SHARED_LENGTH, shared_response_length
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """`stack` is TRL's collator of pairs, or a user's own, whose batches may hold images. `weights` is a column."""
+    """`stack` is TRL's collator of pairs, or a user's own, whose batches may hold images. `weights` and `states`
+    are columns."""
 
     stack: Callable[[list[dict[str, Any]]], Stacked | PairBatch]
     weights: str | None = None
+    states: str | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> PairBatch:
         """The batch. Only a user's collator is called at once, as it may change the pairs or read images."""
@@ -33,6 +35,8 @@ class PairCollator:
         for example in examples:
             if self.weights is not None:
                 example[PAIR_WEIGHT] = float(example.get(self.weights, 1.0))
+            if self.states is not None and example.get(self.states) is not None:
+                example[STATE] = example[self.states]
             if "prompt_ids" in example:
                 example[SHARED_LENGTH] = shared_response_length(example)
         return PairBatch(examples, pad, user_stacked)

@@ -24,6 +24,8 @@ RECIPE_KEYS = {
     "trust_remote_code": "trust_remote_code",
     "precompute_ref_log_probs": "reference",
     "reference_cache": "reference",
+    "soft_prompt": "soft_prompt",
+    "soft_prompt_tokens": "soft_prompt",
 }
 """Options of TRL that are keys of the recipe itself, and those keys."""
 _LORA_KEYS = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
@@ -53,6 +55,15 @@ class LoRA(Recipe):
     """Module names, or `all-linear`: every linear layer but the LM head."""
 
 
+class SoftPromptConfig(Recipe):
+    """`soft_prompt:` of a training recipe: one policy for all users, each with embeddings in front of the turn."""
+
+    column: str = "state"
+    """The column of the pairs with the state of their user, a list of numbers, as `apo reward score` writes it."""
+    tokens: Annotated[int, Field(gt=0)] | None = None
+    """Embeddings. Absent: all tokens that the chat template writes in front of every prompt, at most 8."""
+
+
 def _listed(value: Any) -> Any:
     """A recipe's `dataset` as a list of sources, so that an error names the key and not a branch of a union."""
     values = value if isinstance(value, list | tuple) else [value]
@@ -74,6 +85,8 @@ class TrainConfig(Recipe):
     weights: str | None = None
     """The dataset column with the weight of each pair: numbers, finite and >= 0. Absent: all weigh the same."""
     lora: LoRA | None = None
+    soft_prompt: SoftPromptConfig | None = None
+    """Train a policy that reads the state of the pair's user in front of the turn. Absent: the same for all users."""
     quantize: Literal["nf4"] | None = None
     """`nf4`: weights below the adapter are stored in 4 bits (QLoRA). Absent: in the type they are loaded in."""
     pairs_per_step: Annotated[int, Field(gt=0)] | None = None
@@ -165,6 +178,8 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
             beta=config.beta,
             objective=config.objective,
             weights=config.weights,
+            soft_prompt=config.soft_prompt.column if config.soft_prompt else None,
+            soft_prompt_tokens=config.soft_prompt.tokens if config.soft_prompt else None,
             trust_remote_code=config.trust_remote_code,
         )
     except UserError:

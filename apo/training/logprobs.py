@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from apo.data.tokenize import first_rows
 from apo.monitoring.failures import is_out_of_memory
 from apo.monitoring.metrics import token_counts
 from apo.packing.async_copy import to_device
-from apo.packing.batch import PairBatch
+from apo.packing.batch import STATE, PairBatch
 from apo.packing.layout import crop_around_divergence, pack_bins, packed_length
 from apo.packing.logps import PairLogps, PairLogpsFunction, padded_logps
 from apo.packing.packed_model import enable_packing_if_exact, packed_logps
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from apo.training.trainer_config import APOConfig
+    from clair.inference.generation.soft_prompt import SoftPrompt
 
 
 class LogprobComputer:
@@ -33,16 +35,39 @@ class LogprobComputer:
         self.args, self.accelerator = args, accelerator
         self.pair_logps = pair_logps or padded_logps
         self.is_packed = False
+        self.soft_prompt: SoftPrompt | None = None
+        """Of the policy: pairs with a state of their user are marked for it."""
         self._may_pack = pair_logps is None and args.shared_prefix
 
-    def __call__(self, model: torch.nn.Module, batch: PairBatch, **options: Any) -> PairLogps:
-        """`PairLogps` of a batch. `options` go to the model; packed rows have none."""
-        device = self.args.device
-        if self.is_packed:
-            assert not options
-            return packed_logps(model, batch.row(device))
-        moved = {k: to_device(v, device) if isinstance(v, torch.Tensor) else v for k, v in batch.stacked.items()}
-        return self.pair_logps(model, moved, **options)
+    def __call__(
+        self, model: torch.nn.Module, batch: PairBatch, *, for_users: bool = True, **options: Any
+    ) -> PairLogps:
+        """`PairLogps` of a batch. `options` go to the model; packed rows have none.
+
+        Unless `for_users`, as for a reference, without the soft prompt.
+        """
+        device, prompt = self.args.device, self.soft_prompt
+        asked = [(pair, e[STATE]) for pair, e in enumerate(batch.examples) if STATE in e] if prompt and for_users else []
+        if prompt is None or not asked:
+            marked = contextlib.nullcontext()
+        else:
+            marked = prompt.using(torch.tensor([state for _, state in asked]))
+        with marked:
+            if self.is_packed:
+                assert not options
+                row = batch.row(device)
+                if prompt is not None and asked:
+                    starts = [(0, row.spans[pair].start) for pair, _ in asked]
+                    row = dataclasses.replace(row, input_ids=_marked(prompt, row.input_ids, starts))
+                return packed_logps(model, row)
+            moved = {k: to_device(v, device) if isinstance(v, torch.Tensor) else v for k, v in batch.stacked.items()}
+            if prompt is not None and asked:
+                pairs = [pair for pair, _ in asked]
+                both = moved["input_ids"]
+                for side in (0, len(batch)):
+                    both = _marked(prompt, both, [(side + pair, 0) for pair in pairs])
+                moved = {**moved, "input_ids": both}
+            return self.pair_logps(model, moved, **options)
 
     def token_counts(self, batch: PairBatch) -> torch.Tensor:
         """The work of each pair, [B, 5], on the host (metrics.token_counts)."""
@@ -83,6 +108,15 @@ class LogprobComputer:
             return pack_bins(lengths, self.args.pack_tokens)
         by_length = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths need little padding
         return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+
+
+def _marked(prompt: SoftPrompt, ids: torch.Tensor, starts: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Token ids [N, L] with the opening of some prompts marked: user number i of the states begins at `starts[i]`."""
+    ids = ids.clone()
+    for user, (row, start) in enumerate(starts):
+        marks = torch.tensor(prompt.marks(user), device=ids.device)
+        ids[row, start : start + len(marks)] = marks
+    return ids
 
 
 def _shortest_pairs(model: Any, dataset: Any) -> list[dict[str, Any]]:

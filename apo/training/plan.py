@@ -15,6 +15,7 @@ from apo.monitoring.guard import load_guard
 from apo.run_dir.files import template_day
 from apo.training.config import TrainConfig, lora_config, trainer_options
 from apo.training.optimizer_check import check_optimizer, count_steps
+from apo.training.soft_prompt import check_soft_prompt
 from clair.core.errors import UserError
 from clair.inference.model_folder import unknown_variable
 
@@ -96,8 +97,10 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
             )
     day = day or template_day(Path(config.out))
     notes: list[str] = []
-    train_pairs = load_train(config.dataset, config.seed, config.weights, lambda line: notes.append(f"train: {line}"))
-    eval_pairs = load_eval(config.dataset, config.eval, config.weights, lambda line: notes.append(f"eval: {line}"))
+    states = config.soft_prompt.column if config.soft_prompt else None
+    columns = {"weights": config.weights, "states": states}
+    train_pairs = load_train(config.dataset, config.seed, note=lambda line: notes.append(f"train: {line}"), **columns)
+    eval_pairs = load_eval(config.dataset, config.eval, note=lambda line: notes.append(f"eval: {line}"), **columns)
     args = trainer_options(config, has_eval=eval_pairs is not None, processes=count)
     if count == launched:
         check_devices(args)
@@ -117,6 +120,8 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         args.max_length, limit, advice = context, "the model's context", ""
     train = _tokenize(train_pairs, "train", tokenizer, generation, args, day)
     evaluated = _tokenize(eval_pairs, "eval", tokenizer, generation, args, day) if eval_pairs is not None else None
+    if args.soft_prompt is not None and len(train.dataset):
+        check_soft_prompt(args, tokenizer, train.dataset, evaluated and evaluated.dataset)
     if config.eval_rows and evaluated and "pairs" not in evaluated.size():
         raise UserError("eval_rows: the held-out rows are no pairs, but unpaired; set `eval` to pairs, or leave it out")
     train.notes.extend(evaluated.notes if evaluated else [])

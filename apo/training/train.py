@@ -168,8 +168,6 @@ def _train_planned(planned: Plan, status: Status, group: Group, log: Callable[[s
 
 def _plan_on_all(config: TrainConfig, group: Group) -> Plan:
     """Plan on every process, rank 0 first, so that the others read its tokenized pairs from `datasets`' cache."""
-    from apo.data.sources import hash_pairs
-
     planned = None
     # Rank 0 decides: midnight may pass between two processes.
     day = group.broadcast_from_main(lambda: template_day(Path(config.out)))
@@ -178,8 +176,14 @@ def _plan_on_all(config: TrainConfig, group: Group) -> Plan:
             planned = plan(config, day=day)
     with group.raise_on_all():
         planned = planned or plan(config, day=day)
-    group.check_equal(pairs=hash_pairs(planned.train.dataset, config.weights), steps=planned.steps)
+    group.check_equal(pairs=_hash_pairs(planned), steps=planned.steps)
     return planned
+
+
+def _hash_pairs(planned: Plan) -> str:
+    from apo.data.sources import hash_pairs
+
+    return hash_pairs(planned.train.dataset, planned.config.weights, planned.args.soft_prompt)
 
 
 def build_trainer(planned: Plan, group: Group | None = None, log: Callable[[str], None] = print) -> APOTrainer:
@@ -248,11 +252,9 @@ def _set_adapter_dropout(model: Any, p: float) -> None:
 
 def _facts(planned: Plan, status: Status) -> dict[str, Any]:
     """The entries of run.json on pairs, steps and model. Raises UserError if they differ from those of the old run."""
-    from apo.data.sources import hash_pairs
-
     out = Path(planned.config.out)
     facts = {
-        "data": {**planned.counts(), "sha256": hash_pairs(planned.train.dataset, planned.config.weights)},
+        "data": {**planned.counts(), "sha256": _hash_pairs(planned)},
         "model_sha256": hash_model_files(planned.name),
         "steps": planned.steps,
         "pairs_per_step": planned.pairs_per_step,

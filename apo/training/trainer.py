@@ -46,6 +46,7 @@ from apo.training.collator import PairCollator
 from apo.training.logprobs import LogprobComputer, add_neftune_noise
 from apo.training.optimizer_check import check_optimizer, count_steps
 from apo.training.reference import NO_CACHE_FOR_STREAMS, Advance, add_reference_logps
+from apo.training.soft_prompt import add_soft_prompt
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
 from clair.core.progress import progress
@@ -141,12 +142,15 @@ class APOTrainer(CheckpointTrainer):
                 weight.data = weight.data.float() if weight.requires_grad else weight.data
         args.precompute_ref_log_probs = self.precompute_ref_logps = precompute
         self._set_signature_columns_if_needed()
-        added = [*MASK_COLUMNS, *([] if args.weights is None else [args.weights])]
+        added = [*MASK_COLUMNS, *(column for column in (args.weights, args.soft_prompt) if column is not None)]
         self._signature_columns = [*dict.fromkeys([*(self._signature_columns or []), *added])]
         self._saved_use_cache = self.model.config.use_cache if use_cache is None else use_cache
         # TRL's own head also computes entropies and mean logits for its logs; here only the log-probs are needed.
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._enable_packing()
+        self.logps.soft_prompt = self.soft_prompt = add_soft_prompt(
+            args, self.model, self.processing_class, self.train_dataset, self.eval_dataset
+        )
         self.meter = Meter(self.accelerator, compute_scale(self.model, self.args.device))
         self._losses = NonFiniteLossCheck(self.args.device)
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -221,7 +225,7 @@ class APOTrainer(CheckpointTrainer):
     @data_collator.setter
     def data_collator(self, collate: Any) -> None:
         wrapped = isinstance(collate, PairCollator)
-        self._data_collator = collate if wrapped else PairCollator(collate, self.args.weights)
+        self._data_collator = collate if wrapped else PairCollator(collate, self.args.weights, self.args.soft_prompt)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[PairBatch], num_batches: int, device: torch.device
@@ -346,7 +350,7 @@ class APOTrainer(CheckpointTrainer):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
         with torch.no_grad(), adapter, self.accelerator.autocast():
-            logps = self.logps(self._reference, batch)
+            logps = self.logps(self._reference, batch, for_users=False)
         return logps.chosen, logps.rejected
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:

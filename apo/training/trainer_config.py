@@ -45,7 +45,7 @@ _OBJECTIVES = {
 }
 """The objective that equals each of TRL's `loss_type`s."""
 _UPLOADS_STATES = ("checkpoint", "all_checkpoints")
-_POSITIVE = ("max_length", "pack_tokens", "pad_to_multiple_of", "precompute_ref_batch_size")
+_POSITIVE = ("max_length", "pack_tokens", "pad_to_multiple_of", "precompute_ref_batch_size", "soft_prompt_tokens")
 PACK_TOKENS_ON_CPU = 2048
 """Measured: more tokens per pass are no faster on a CPU, and need more memory (docs/log/2026-11-22-memory.md)."""
 
@@ -80,6 +80,12 @@ class APOConfig(DPOConfig):
     reference_cache: str | None = field(
         default=None,
         metadata={"help": "Folder that stores precomputed reference log-probs; none: computed in every run."},
+    )
+    soft_prompt: str | None = field(
+        default=None, metadata={"help": "The dataset column with the state of each pair's user; none: no soft prompt."}
+    )
+    soft_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "Embeddings of the soft prompt; none: all that prompts share, at most 8."}
     )
     loss_type: list[str] = field(default_factory=list, metadata={"help": "Refused: `objective` sets the loss."})
     # None: not set.
@@ -124,6 +130,8 @@ class APOConfig(DPOConfig):
             raise UserError(f"precompute_ref_log_probs: objective {objective.name} has no reference; leave it out")
         if self.pack_tokens is not None and not self.shared_prefix:
             raise UserError("pack_tokens would be ignored without shared_prefix; leave it out")
+        if self.soft_prompt_tokens is not None and self.soft_prompt is None:
+            raise UserError("soft_prompt_tokens would be ignored without soft_prompt; leave it out")
         self._choose_by_hardware()
         self.prediction_loss_only = True  # logits are never built
         # TRL's collator needs a mode, and never has a row to cut.

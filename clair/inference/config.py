@@ -66,6 +66,8 @@ class ModelConfig(Recipe):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximal tokens of a local batch, padding and room for answers included; replaces `batch_size`."""
     trust_remote_code: bool = False
+    user: str | tuple[float, ...] | None = None
+    """Whom a local model with a soft prompt answers for: a user it was trained on, or a user's state, as numbers."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -73,6 +75,8 @@ class ModelConfig(Recipe):
             self._check_serve(self.serve)
         elif (self.url is None) == (self.path is None):
             raise ValueError("give either url and model (an endpoint) or path (a local model folder)")
+        if self.user is not None and not self.is_local:
+            raise ValueError("user is for a local model (path) with a soft prompt, which no server knows; leave it out")
         for url in self.urls:
             if parse_endpoint(url).authorization and self.api_key_env:
                 raise ValueError("url has a user name or password and api_key_env is set; a request carries only one")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clair.core.errors import check_name, one_line
 from clair.core.files import content_hash
@@ -29,6 +29,9 @@ from clair.inference.generation.running_batch import (
 )
 from clair.inference.model import THINKING_TOKENS, Refused, RequestFailed, Unreachable, completion_json
 from clair.inference.model_folder import adapter_base, check_model_folder, resize_vocabulary, weights_identity
+
+if TYPE_CHECKING:
+    from clair.inference.generation.soft_prompt import SoftPrompt
 
 _OPTIONS = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "tools", "chat_template_kwargs")
 _DEFAULT_MAX_TOKENS = 1024
@@ -79,11 +82,20 @@ class LocalModel:
         batch_tokens: int | None = None,
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        user: str | Sequence[float] | None = None,
     ) -> None:
         check_model_folder(path)
         self.path = Path(path)
         self.name = self.path.name
         self.identity = weights_identity(path)
+        self._soft_prompt: SoftPrompt | None = None
+        """The prompt in front of every turn, for `user`."""
+        if user is not None:
+            from clair.inference.generation.soft_prompt import SoftPrompt
+
+            self._soft_prompt = SoftPrompt.load(self.path)
+            self._soft_prompt.states = self._soft_prompt.state_of(user)[None]
+            self.identity += f" user:{content_hash([user])[:16]}"
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self._dtype = dtype
@@ -184,6 +196,8 @@ class LocalModel:
             model.to(device)  # pyright: ignore[reportArgumentType]  # a decorator hides the method's signature
             model.generation_config.cache_implementation = None  # a batch that changes needs a cache that grows
             use_onednn(model)
+            if self._soft_prompt is not None:
+                self._soft_prompt.attach(model)
             self._loaded = tokenizer, model.eval()
             self.activity = ""
         return self._loaded
@@ -326,6 +340,7 @@ class LocalModel:
         _, model = self._load()
         try:
             prompt = self._tokenize(request["messages"], request.get("tools", ()), request.get("chat_template_kwargs"))
+            prompt = self._soft_prompt.mark(prompt) if self._soft_prompt else prompt
         except Exception as error:  # a template can raise anything
             raise RequestFailed("generation_failed", f"{type(error).__name__}: {error}") from error
         max_tokens = request.get("max_tokens") or model.generation_config.max_new_tokens or _DEFAULT_MAX_TOKENS

@@ -8,13 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from clair.core.errors import UserError, one_line
+from clair.core.errors import UserError, list_some, one_line
 from clair.core.files import file_sha256, read_json
 
 _CONTENT_FILES = re.compile(
     r".*\.safetensors$|.*\.gguf$|.*\.model$|(config|generation_config|adapter_config|tokenizer|special_tokens|added_tokens|"
-    r"chat_template|vocab|merges).*\.(json|jinja|txt)$"
+    r"chat_template|vocab|merges|soft_prompt).*\.(json|jinja|txt)$"
 )
+SOFT_PROMPT = "soft_prompt.json"
+"""The file of a model that answers for a user (clair.inference.generation.soft_prompt)."""
 REMEDY = "save the model with save_pretrained"
 """What errors about a file of a model folder advise."""
 
@@ -79,6 +81,19 @@ def check_model_folder(path: str | Path, role: str = "target") -> None:
         raise UserError(f"{role}: the base model {base} of the adapter {folder} does not exist")
     if (folder / "tokenizer_config.json").is_file():
         _check_chat_template(folder, role)
+
+
+def check_user(folder: str | Path, user: Any, role: str) -> None:
+    """Check that a model is used with a user if, and only if, it has a soft prompt. Raises UserError."""
+    has_prompt = (Path(folder) / SOFT_PROMPT).is_file()
+    if has_prompt and user is None:
+        names = list_some(read_json(Path(folder) / SOFT_PROMPT, REMEDY).get("users", ()), 3)
+        raise UserError(
+            f"{role}: {folder} was trained with a soft prompt of its users; set {role}.user, in this process only: a "
+            f"server would leave it out (users: {names or 'none by name; give a state'})"
+        )
+    if user is not None and not has_prompt:
+        raise UserError(f"{role}: user would be ignored: {folder} has no soft prompt ({SOFT_PROMPT}); leave it out")
 
 
 def unknown_variable(template: str, names: Iterable[str]) -> str | None:

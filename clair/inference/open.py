@@ -26,7 +26,7 @@ from clair.inference.config import ModelConfig
 from clair.inference.endpoint_health import EndpointHealth
 from clair.inference.local import LocalModel, check_options
 from clair.inference.model import Model, Refused
-from clair.inference.model_folder import check_model_folder, check_remote_code, check_template_variables
+from clair.inference.model_folder import check_model_folder, check_remote_code, check_template_variables, check_user
 from clair.inference.openai import OpenAIModel
 from clair.inference.pool import EndpointPool
 from clair.inference.rate_limit import Limiter, Rate
@@ -76,8 +76,10 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
             expand_environment(parse_endpoint(url).query, f"{role}.url")
         if model.serve is not None:
             check_server(role, model)
+            check_user(model.path or "", None, role)
         elif model.path is not None:
             check_model_folder(model.path, role)
+            check_user(model.path, model.user, role)
             if not model.trust_remote_code:
                 check_remote_code(model.path, role)
             check_options(model.options(seed), role)
@@ -201,6 +203,7 @@ def open_model(role: str, config: ModelConfig) -> Model:
             batch_size=config.batch_size,
             batch_tokens=config.batch_tokens,
             trust_remote_code=config.trust_remote_code,
+            user=config.user,
         )
     secrets = environment_values(config.extra)
     without_secrets(config.extra, secrets)
