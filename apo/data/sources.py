@@ -111,7 +111,10 @@ def load_eval(
             )
         with_split, split = [_eval_source(split, sources)], ""
     loaded = [
-        (source, _load_unless_empty(source, split or source.split, weights, _prefixed(source, with_split, note), states))
+        (
+            source,
+            _load_unless_empty(source, split or source.split, weights, _prefixed(source, with_split, note), states),
+        )
         for source in with_split
     ]
     present = [(source, pairs) for source, pairs in loaded if pairs is not None]

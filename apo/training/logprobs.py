@@ -47,7 +47,9 @@ class LogprobComputer:
         Unless `for_users`, as for a reference, without the soft prompt.
         """
         device, prompt = self.args.device, self.soft_prompt
-        asked = [(pair, e[STATE]) for pair, e in enumerate(batch.examples) if STATE in e] if prompt and for_users else []
+        asked = (
+            [(pair, e[STATE]) for pair, e in enumerate(batch.examples) if STATE in e] if prompt and for_users else []
+        )
         if prompt is None or not asked:
             marked = contextlib.nullcontext()
         else:

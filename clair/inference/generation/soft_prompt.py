@@ -85,7 +85,7 @@ class SoftPrompt(nn.Module):
         self.to(embeddings.weight.device)
         plain = embeddings.forward
 
-        def forward(_: Any, input: Tensor, *args: Any, **options: Any) -> Tensor:  # noqa: A002 (the name in torch)
+        def forward(_: Any, input: Tensor, *args: Any, **options: Any) -> Tensor:
             return self._embed(plain, input, *args, **options)
 
         embeddings.forward = types.MethodType(forward, embeddings)
@@ -113,8 +113,8 @@ class SoftPrompt(nn.Module):
         """
         if list(ids[: len(self.opening)]) != self.opening:
             raise UserError(
-                f"the prompt begins with the tokens {list(ids[: len(self.opening)])}, and the soft prompt was trained on "
-                f"{self.opening}; use the chat template and the system prompt of training"
+                f"the prompt begins with the tokens {list(ids[: len(self.opening)])}, and the soft prompt was trained "
+                f"on {self.opening}; use the chat template and the system prompt of training"
             )
         return [*self.marks(row), *ids[len(self.opening) :]]
 
@@ -172,7 +172,9 @@ class SoftPrompt(nn.Module):
             prompt.load_state_dict({"weight": tensors["weight"]})
             prompt.mean, prompt.scale = tensors["mean"], tensors["scale"]
         except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"the soft prompt in {folder} cannot be read ({one_line(error)}); train it again") from error
+            raise UserError(
+                f"the soft prompt in {folder} cannot be read ({one_line(error)}); train it again"
+            ) from error
         return prompt
 
     def restore(self, folder: Path) -> None:
