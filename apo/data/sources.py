@@ -62,8 +62,8 @@ def load_train(
 ) -> Dataset:
     """The training pairs, or unpaired rows, of all sources, weighted.
 
-    `weights` and `states` are columns that they have besides. `note` receives a line for each kind of repair. Raises UserError for fewer than two rows, and for pairs in one
-    source and unpaired rows in another.
+    `weights` and `states` are columns that they have besides. `note` receives a line for each kind of repair. Raises
+    UserError for fewer than two rows, and for pairs in one source and unpaired rows in another.
     """
     datasets = []
     for number, source in enumerate(sources):

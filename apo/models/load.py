@@ -54,11 +54,8 @@ def find_model(path: str, trust_remote_code: bool = False, *, soft_prompt: bool 
         if folder.is_file() or path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise UserError(f"model folder {path} does not exist; give a folder with config.json, or a hub name")
         return ModelName(path, path, trust_remote_code)
-    if not soft_prompt and (folder / SOFT_PROMPT).is_file():
-        raise UserError(
-            f"model {path} has a soft prompt of its users ({SOFT_PROMPT}), which would be left out here; answer with it "
-            "(apo.load_for_user, or `user` of a local model), or give the model that it was trained from"
-        )
+    if not soft_prompt:
+        refuse_soft_prompt(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise UserError(f"adapter {path} has no {ADAPTER_WEIGHTS}; only safetensors are read")
@@ -68,6 +65,15 @@ def find_model(path: str, trust_remote_code: bool = False, *, soft_prompt: bool 
     if not trust_remote_code:
         check_remote_code(folder, "model")
     return ModelName(str(folder), str(folder), trust_remote_code)
+
+
+def refuse_soft_prompt(folder: Path) -> None:
+    """Raise UserError for a model whose soft prompt would be left out."""
+    if (folder / SOFT_PROMPT).is_file():
+        raise UserError(
+            f"model {folder} has a soft prompt of its users ({SOFT_PROMPT}), which would be left out here; answer with "
+            "it (apo.load_for_user, or `user` of a local model), or give the model that it was trained from"
+        )
 
 
 def hash_model_files(name: ModelName) -> str:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from apo.models.load import ADAPTER_CONFIG, ModelName, find_model, load_model, load_tokenizer
+from apo.models.load import ADAPTER_CONFIG, ModelName, find_model, load_model, load_tokenizer, refuse_soft_prompt
 from clair.core.errors import UserError, one_line
 
 
@@ -22,6 +22,7 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> P
         raise UserError(f"out: {target} is not empty; choose another folder")
     if not (Path(adapter) / ADAPTER_CONFIG).is_file():
         raise UserError(f"{adapter} has no {ADAPTER_CONFIG}; give the folder of an adapter, such as a LoRA run's out")
+    refuse_soft_prompt(Path(adapter))
     name = ModelName(str(adapter), find_model(base).path) if base else find_model(str(adapter))
     tokenizer = load_tokenizer(name)
     model: Any = load_model(name)

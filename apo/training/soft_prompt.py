@@ -61,8 +61,8 @@ def shared_opening(tokenizer: PreTrainedTokenizerBase, datasets: list[Dataset], 
             opening = opening[: common_prefix(opening, prompt)]
     if len(opening) < (tokens or 1):
         raise UserError(
-            f"soft_prompt.tokens: {tokens or 1}, but the prompts share only the first {len(opening)} tokens, those that "
-            "the chat template writes in front; lower it, or begin all prompts with the same system turn"
+            f"soft_prompt.tokens: {tokens or 1}, but the prompts share only the first {len(opening)} tokens, those "
+            "that the chat template writes in front; lower it, or begin all prompts with the same system turn"
         )
     return opening[: tokens or MAX_TOKENS]
 
