@@ -78,7 +78,7 @@ def fit(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_
     if config.kind != "bradley_terry" and len(data.users) == 1:
         raise UserError(f"all comparisons are of one user, {data.users[0]!r}: there is one taste; use bradley_terry")
     training, held_out = split(data, (0.9, 0.1), config.seed)
-    options = config.model_dump(include={"prototypes", "by_prompt", "beta", "seed"})
+    options = config.model_dump(include={"prototypes", "by_prompt", "beta", "bounded", "seed"})
     scorer = fit_best(config.kind, data, training, held_out, **options)
     measured: dict[str, Any] = {"comparisons": len(data), "held_out": len(held_out)}
     if len(held_out):

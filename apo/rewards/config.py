@@ -46,13 +46,14 @@ class FitConfig(FeatureConfig):
     prototypes: int = Field(default=2, ge=1)
     by_prompt: bool = False
     beta: float = Field(default=1e-3, ge=0)
+    bounded: bool = False
     seed: int = 0
     out: LocalPath
 
     @model_validator(mode="after")
     def _check_used(self) -> FitConfig:
         check_used(self, self.kind == "pal", "kind: pal", "prototypes", "by_prompt")
-        return check_used(self, self.kind == "vpl", "kind: vpl", "beta")
+        return check_used(self, self.kind == "vpl", "kind: vpl", "beta", "bounded")
 
 
 class ScoreConfig(Recipe):

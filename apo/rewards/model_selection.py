@@ -30,7 +30,14 @@ STARTS = 3
 
 
 def new_scorer(
-    kind: str, data: Comparisons, *, prototypes: int = 2, by_prompt: bool = False, beta: float = 1e-3, seed: int = 0
+    kind: str,
+    data: Comparisons,
+    *,
+    prototypes: int = 2,
+    by_prompt: bool = False,
+    beta: float = 1e-3,
+    bounded: bool = False,
+    seed: int = 0,
 ) -> Scorer:
     """Return an initialised scorer. Raises UserError for an unknown kind."""
     torch.manual_seed(seed)
@@ -40,7 +47,7 @@ def new_scorer(
     if kind == "pal":
         return PAL(sizes, len(data.users), prototypes, by_prompt)
     if kind == "vpl":
-        return VPL(sizes, beta=beta)
+        return VPL(sizes, beta=beta, bounded=bounded)
     raise UserError(f"unknown kind {kind!r}{near_miss(kind, KINDS)}; allowed: {', '.join(KINDS)}")
 
 
@@ -53,13 +60,15 @@ def fit_best(
     prototypes: int = 2,
     by_prompt: bool = False,
     beta: float = 1e-3,
+    bounded: bool = False,
     seed: int = 0,
 ) -> Scorer:
     """Return a scorer for the users of `data`, fitted on `training`: the best of several starts."""
     starts = STARTS if kind == "pal" and prototypes > 1 else 1
     scorers = []
     for start in (seed + 1000 * number for number in range(starts)):
-        scorer = new_scorer(kind, data, prototypes=prototypes, by_prompt=by_prompt, beta=beta, seed=start)
+        options = {"prototypes": prototypes, "by_prompt": by_prompt, "beta": beta, "bounded": bounded}
+        scorer = new_scorer(kind, data, **options, seed=start)
         scorers.append(fit(scorer, training, valid, seed=start))
     return min(scorers, key=lambda scorer: float(nll(scorer, training).mean()))
 

@@ -6,7 +6,9 @@
 D_u are up to `CONTEXT` comparisons of the user. Each is encoded as (chosen, rejected), an order that carries the label.
 Self-attention and a mean combine the comparisons, so that their own order does not matter. A new user needs only a few
 comparisons, and `next_question` selects the comparison whose answer is most informative about z. Outside of training,
-z = mu. The latent collapses if beta is too large or the decoder ignores z; `health` detects that.
+z = mu. With `bounded`, as in the released code, mu and log sigma^2 are clamped to [-1, 1] and z is scaled to the length
+sqrt(latent); there in training only, here always. The latent collapses if beta is too large or the decoder ignores z;
+`health` detects that.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, softplus
+from torch.nn.functional import cosine_similarity, normalize, softplus
 
 from apo.rewards.scorer import WIDTH, Comparisons, Scorer
 from clair.core.errors import UserError
@@ -53,10 +55,10 @@ class VPL(Scorer):
     kind = "vpl"
     decay, rate, epochs = 0.03, 3e-3, 160
 
-    def __init__(self, sizes: tuple[int, int], latent: int = 8, beta: float = 1e-3) -> None:
+    def __init__(self, sizes: tuple[int, int], latent: int = 8, beta: float = 1e-3, bounded: bool = False) -> None:
         if not beta >= 0:
             raise UserError(f"beta is {beta:g}; give a weight of the KL term of 0 or more")
-        super().__init__(sizes, {"latent": latent, "beta": beta})
+        super().__init__(sizes, {"latent": latent, "beta": beta, **({"bounded": True} if bounded else {})})
         width = self.answers.basis.shape[1]
         self.pair = _two_hidden_layers(2 * width, WIDTH)
         self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
@@ -70,7 +72,14 @@ class VPL(Scorer):
         pairs = self.pair(torch.cat([self.answers(chosen), self.answers(rejected)], -1))
         weights = (self.query(pairs) @ self.key(pairs).transpose(-1, -2) / WIDTH**0.5).softmax(-1)
         context = (weights @ self.value(pairs)).mean(-2)
-        return self.mean(context), self.log_variance(context).clamp(-6, 2)
+        mean, log_variance = self.mean(context), self.log_variance(context)
+        if self.options.get("bounded"):
+            return mean.clamp(-1, 1), log_variance.clamp(-1, 1)
+        return mean, log_variance.clamp(-6, 2)
+
+    def latent(self, z: Tensor) -> Tensor:
+        """Return a draw or a mean [.., latent] as the decoder reads it: scaled to its length if `bounded`."""
+        return z.shape[-1] ** 0.5 * normalize(z, dim=-1) if self.options.get("bounded") else z
 
     def reward(self, prompt: Tensor, answer: Tensor, state: Tensor) -> Tensor:
         reward: Tensor = self.decoder(torch.cat([self.answers(answer), state], -1)).squeeze(-1)
@@ -105,7 +114,7 @@ class VPL(Scorer):
         chosen, rejected = (side.view(users, count, -1) for side in (batch.chosen, batch.rejected))
         context = int(torch.randint(1, min(CONTEXT, count - 1) + 1, ()))
         mu, log_variance = self.encode(chosen[:, :context], rejected[:, :context])
-        z = mu + torch.randn_like(mu) * (log_variance / 2).exp()
+        z = self.latent(mu + torch.randn_like(mu) * (log_variance / 2).exp())
         targets = count - context
         state = z[:, None].expand(-1, targets, -1).reshape(users * targets, -1)
         preferred, refused = (side[:, context:].reshape(users * targets, -1) for side in (chosen, rejected))
@@ -121,7 +130,8 @@ class VPL(Scorer):
             for user in data.user.unique().tolist():
                 comparisons = data.by_user(user)
                 context = comparisons.select(range(len(comparisons))[:CONTEXT])
-                states[user], log_variance = (value[0] for value in self._encode_user(context))
+                mu, log_variance = (value[0] for value in self._encode_user(context))
+                states[user] = self.latent(mu)
                 spread[user] = (log_variance / 2).exp()
         self.spread = spread
         return states
@@ -134,7 +144,7 @@ class VPL(Scorer):
         if not len(comparisons):
             raise UserError("no comparisons of the new user; give at least one")
         with torch.no_grad():
-            return self._encode_user(comparisons)[0][0]
+            return self.latent(self._encode_user(comparisons)[0][0])
 
     def sample(self, comparisons: Comparisons, samples: int, random: torch.Generator) -> Tensor:
         """Sample z [samples, latent] from a user's posterior; without comparisons, from those of all known users."""
@@ -146,7 +156,7 @@ class VPL(Scorer):
             else:
                 users = torch.randint(len(self.states), (samples,), generator=random)
                 mu, sigma = self.states[users], self.spread[users]
-            return mu + sigma * torch.randn(mu.shape, generator=random)
+            return self.latent(mu + sigma * torch.randn(mu.shape, generator=random))
 
     def health(self, data: Comparisons) -> Health:
         """Measure how much the latent is used, over the users of the data."""

@@ -163,6 +163,29 @@ def test_the_order_of_a_context_does_not_matter_and_its_orientation_does():
     assert not torch.allclose(vpl.adapt(replace(data, chosen=data.rejected, rejected=data.chosen)), z, atol=1e-3)
 
 
+def test_a_bounded_latent_is_clamped_and_has_one_length_in_training_and_for_a_user():
+    data = comparisons(toy.four_types(4, 16))
+    vpl = VPL((1, 8), latent=4, bounded=True)
+    with torch.no_grad():
+        vpl.mean.bias.copy_(torch.tensor([9.0, -9.0, 0.5, 0.0]))
+        vpl.mean.weight.zero_()
+        vpl.log_variance.bias.fill_(-9.0)
+    mu, log_variance = vpl.encode(data.chosen[None], data.rejected[None])
+    assert torch.equal(mu, torch.tensor([[1.0, -1.0, 0.5, 0.0]]))
+    assert log_variance.min() == -1
+    expected = 2 * mu[0] / 1.5
+    assert torch.allclose(vpl.adapt(data), expected)
+    vpl.states = vpl.user_states(data)
+    assert torch.allclose(vpl.states, expected.expand(4, -1))
+    draws = vpl.sample(data, 8, torch.Generator().manual_seed(0))
+    assert torch.allclose(draws.norm(dim=-1), torch.full((8,), 2.0))
+    read: list[torch.Tensor] = []
+    vpl.reward = lambda prompt, answer, state: (read.append(state), answer[:, 0])[1]
+    vpl.loss(vpl.batches(data, torch.Generator().manual_seed(0), 64)[0], 0)
+    assert torch.allclose(read[0].norm(dim=-1), torch.tensor(2.0))
+    assert VPL((1, 8)).adapt(data).norm() != pytest.approx(8**0.5)
+
+
 def test_parts_have_some_of_every_user_and_little_known_users_are_fitted_only():
     user = torch.tensor([0] * 10 + [1] * 10 + [2] * 4 + [3])
     data = Comparisons(*(torch.zeros(25, 1) for _ in range(3)), user, ("a", "b", "c", "d"))
