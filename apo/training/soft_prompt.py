@@ -95,7 +95,7 @@ def add_soft_prompt(
         raise UserError("soft_prompt: give one eval dataset, not several by name")
     opening, width = check_soft_prompt(args, tokenizer, train, evaluated)
     states = [tuple(state) for state in train[args.soft_prompt]]
-    names = train["user"] if "user" in train.column_names else [None] * len(states)
+    names: list[Any] = train["user"][:] if "user" in train.column_names else [None] * len(states)
     users = {name: torch.tensor(state) for name, state in zip(names, states, strict=True) if name is not None}
     embeddings = model.get_input_embeddings().weight
     prompt = SoftPrompt(opening, width, embeddings.shape[-1], users)
