@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from apo.cli_recipe import Out, Overrides, RecipeFile, read_recipe
-from clair.core.errors import UserError
 
 if TYPE_CHECKING:
     from apo.analysis.distinguishability import Distinguishability
@@ -83,25 +82,24 @@ def calibrate(context: typer.Context, recipe: RecipeFile = None, set_: Overrides
 def certify(context: typer.Context, recipe: RecipeFile = None, set_: Overrides = None) -> None:
     """Certify how far a score is from a property, with a guarantee. Pairs that differ by less are undecided."""
     from apo.guarantees.calibrate import certify as find_certificate
-    from apo.guarantees.calibrate import filter_above, read_scored
+    from apo.guarantees.calibrate import read_scored, undecided
     from apo.guarantees.config import CertifyConfig
 
     config = read_recipe(context, CertifyConfig, recipe, set_)
     manifest, trained_ids = _manifest(config), _trained_ids(config)
     rows = read_scored(config.dataset)
-    options = config.model_dump(include={"of", "than", "bound"})
-    certificate = find_certificate(rows, config.alpha, config.property, **options, trained_on=trained_ids)
-    print(f"{certificate.summary()}.")
-    if certificate.band.width == float("inf"):
-        raise UserError(
-            f"no finite band: alpha {config.alpha:g} needs more prompts than {certificate.n}; give more, or raise alpha"
-        )
-    if config.property in ("floor", "ceiling"):
+    options = config.model_dump(include={"of", "than", "ladder", "bound"})
+    certificate = find_certificate(
+        rows, config.alpha, config.property, **options, distance=config.distance or "", trained_on=trained_ids
+    )
+    if config.property not in ("rises", "same"):
+        print(f"{certificate.summary()}.")
         return
-    undecided = filter_above(rows, certificate.band.width, certificate.description)
-    print(f"{len(undecided.dropped):,} of {len(rows):,} pairs are undecided. To leave them out of a clair build:\n")
-    print(undecided.recipe(), end="")
-    _write_decisions(undecided, config, manifest)
+    decided = undecided(rows, certificate)
+    print(f"{certificate.summary()}.")
+    print(f"{len(decided.dropped):,} of {len(rows):,} pairs are undecided. To leave them out of a clair build:\n")
+    print(decided.recipe(), end="")
+    _write_decisions(decided, config, manifest)
 
 
 def _cluster_table(report: Distinguishability) -> Any:

@@ -21,7 +21,7 @@ from apo.guarantees.conformal import (
     precision_promise,
     precision_threshold,
 )
-from apo.guarantees.properties import Certificate, certify_pairs
+from apo.guarantees.properties import Certificate, Kind, certify_widths, critical_widths
 from clair.core.errors import UserError, list_some, near_miss
 from clair.core.files import content_hash
 from clair.data.records import SCORES
@@ -106,9 +106,6 @@ def filter_above(pairs: Sequence[Mapping[str, Any]], above: float, promise: str)
     return Filter.from_decisions(above, promise, {row["id"]: _gap(row) > above for row in pairs})
 
 
-Kind = Literal["rises", "same", "floor", "ceiling"]
-
-
 def certify(
     rows: Sequence[Mapping[str, Any]],
     alpha: float,
@@ -116,32 +113,58 @@ def certify(
     *,
     of: str = SCORES[0],
     than: str = SCORES[1],
+    ladder: Sequence[str] = (),
     bound: float = 0.0,
+    distance: str = "",
     trained_on: Iterable[str] = (),
 ) -> Certificate:
-    """Return the certificate that score columns satisfy a property up to a band, with one row per prompt.
+    """Return the certificate that score columns have a property up to a band, with one row per prompt.
 
-    rises     `of` is never below `than`: a revision never scores lower than the answer that it revises
-    same      `of` equals `than`: length padding does not change the score
-    floor     `of` is at least `bound`
-    ceiling   `of` is at most `bound`
+    rises       `of` is never below `than`: a revision never scores lower than the answer that it revises; or, with the
+                columns of a `ladder`, no column is below an earlier one
+    same        these columns are equal: length padding does not change the score
+    concave     the columns of a `ladder`, at equal steps, gain less and less
+    floor       `of` is at least `bound`
+    ceiling     `of` is at most `bound`
+    lipschitz   `of` and `than` differ by at most `bound` times the column `distance`
 
-    Raises UserError for a missing column, and for rows that the scorer was trained on.
+    Raises UserError for a missing column, for rows that the scorer was trained on, and if there are too few prompts.
     """
     import numpy as np
 
     check_no_overlap(rows, trained_on)
     units = one_row_per_prompt(rows)
-    first = np.array([number(row, of) for row in units])
-    second = np.array([number(row, than) for row in units]) if kind in ("rises", "same") else np.full(len(first), bound)
-    widths = {"rises": second - first, "same": abs(first - second), "floor": second - first, "ceiling": first - second}
+    columns = [of] if kind in ("floor", "ceiling") else [*ladder] or [than, of]
+    scores = np.array([[number(row, column) for column in columns] for row in units])
+    distances = np.array([number(row, distance) for row in units]) if distance else 1.0
+    order = " to ".join(columns)
     descriptions = {
-        "rises": f"{of} is never below {than}",
-        "same": f"{of} equals {than}",
+        "rises": f"no score falls from {order}" if ladder else f"{of} is never below {than}",
+        "concave": f"scores gain less and less from {order}",
+        "same": f"scores are equal from {order}" if ladder else f"{of} equals {than}",
         "floor": f"{of} is at least {bound:g}",
         "ceiling": f"{of} is at most {bound:g}",
+        "lipschitz": f"{of} and {than} differ by at most {bound:g} times {distance}",
     }
-    return certify_pairs(np.maximum(widths[kind], 0.0), alpha, descriptions[kind])
+    certificate = certify_widths(critical_widths(kind, scores, bound, distances), alpha, descriptions[kind])
+    if certificate.refusal():
+        raise UserError(certificate.refusal())
+    return certificate
+
+
+def undecided(rows: Sequence[Mapping[str, Any]], certificate: Certificate) -> Filter:
+    """Return the filter that leaves out pairs whose gap lies within the band of a certificate.
+
+    Raises UserError if it leaves out all pairs: then the property is not certified in any useful sense.
+    """
+    result = filter_above(rows, certificate.band.width, certificate.description)
+    if not result.accepted:
+        raise UserError(
+            f"{certificate.description}: it fails on {certificate.unadjusted.mean:.3g} of {certificate.n} prompts, and "
+            f"the band of {certificate.band.width:.4g} leaves no pair decided; mend the score, or raise alpha above "
+            f"{certificate.alpha:g}"
+        )
+    return result
 
 
 def one_row_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -169,7 +192,13 @@ def check_no_overlap(rows: Sequence[Mapping[str, Any]], trained_on: Iterable[str
 
 
 def number(row: Mapping[str, Any], column: str) -> float:
-    """Return the finite number in a column of a row. Raises UserError with row and column for any other value."""
+    """Return the finite number in a column of a row, such as `score_chosen` or `contrast.levenshtein`.
+
+    Raises UserError with row and column for any other value.
+    """
+    struct, _, field = column.partition(".")
+    if column not in row and isinstance(row.get(struct), Mapping):
+        row = {**row, column: row[struct].get(field)}
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         problem = (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from apo.guarantees.calibrate import Guarantee, Kind
+from apo.guarantees.calibrate import Guarantee
+from apo.guarantees.properties import Kind
 from clair.core.recipe import Recipe, check_used
 from clair.data.records import SCORES
 from clair.storage.location import LocalPath
@@ -39,10 +40,22 @@ class CertifyConfig(GuaranteeConfig):
     property: Kind = "rises"
     of: str = SCORES[0]
     than: str = SCORES[1]
+    ladder: tuple[str, ...] = ()
     bound: float = 0.0
+    distance: str | None = None
 
     @model_validator(mode="after")
     def _check_used(self) -> CertifyConfig:
-        compares = self.property in ("rises", "same")
-        check_used(self, compares, "property: rises and same", "than", "decisions")
-        return check_used(self, not compares, "property: floor and ceiling", "bound")
+        kind, bounded = self.property, self.property in ("floor", "ceiling", "lipschitz")
+        check_used(self, kind in ("rises", "same"), "property: rises and same", "decisions")
+        check_used(self, kind in ("rises", "same", "lipschitz"), "property: rises, same and lipschitz", "than")
+        check_used(self, not bounded, "property: rises, same and concave", "ladder")
+        check_used(self, bounded, "property: floor, ceiling and lipschitz", "bound")
+        check_used(self, kind == "lipschitz", "property: lipschitz", "distance")
+        check_used(self, not self.ladder, "a property without a ladder", "of", "than")
+        fewest = 3 if kind == "concave" else 2
+        if (self.ladder or kind == "concave") and len(self.ladder) < fewest:
+            raise ValueError(f"property: {kind} needs a ladder of at least {fewest} columns, not {len(self.ladder)}")
+        if kind == "lipschitz" and not (self.distance and self.bound > 0):
+            raise ValueError("property: lipschitz needs distance, such as contrast.levenshtein, and a bound above 0")
+        return self

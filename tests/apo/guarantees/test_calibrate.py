@@ -204,7 +204,55 @@ def test_certify_prints_the_band_and_writes_decisions(folder, tmp_path):
     assert "decisions is for property: rises and same" in failure(
         "certify", dataset=folder, property="floor", decisions=decisions
     )
-    assert "no finite band: alpha 0.001 needs more" in failure("certify", dataset=folder, alpha=0.001)
+    assert "alpha 0.001 needs 999 units, and there are" in failure("certify", dataset=folder, alpha=0.001)
+
+
+def test_certify_reads_ladders_and_distances(folder, tmp_path):
+    rows = [
+        {**row, "id": f"{row['id']}", "score_padded": row["score_chosen"] - (number % 10 == 0)}
+        for number, row in enumerate(read_rows(folder))
+    ]
+    dataset = tmp_path / "padded.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ladder = ["score_rejected", "score_chosen", "score_padded"]
+    output = run("certify", dataset=dataset, ladder=ladder, alpha=0.05).output
+    assert "no score falls from score_rejected to score_chosen to score_padded: as it is, it fails on" in output
+    assert "score differences up to 1 decide nothing" in output
+    output = run("certify", dataset=dataset, ladder=ladder, property="concave").output
+    assert "scores gain less and less from score_rejected to score_chosen to score_padded: as it is" in output
+    values = {"property": "lipschitz", "distance": "contrast.levenshtein", "bound": 0.25}
+    output = run("certify", dataset=dataset, **values).output
+    edits = [abs(r["score_chosen"] - r["score_rejected"]) - r["contrast"]["levenshtein"] / 4 > 0 for r in rows]
+    assert f"it fails on {np.mean(edits):.3g} of {len(rows)} units" in output
+    misspelled = {**values, "distance": "contrast.jacard"}
+    assert "'contrast.jacard' is None" in failure("certify", dataset=dataset, **misspelled)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"property": "concave"}, "concave needs a ladder of at least 3 columns, not 0"),
+        ({"ladder": ["a"]}, "rises needs a ladder of at least 2 columns, not 1"),
+        ({"ladder": ["a", "b"], "than": "c"}, "than is for a property without a ladder"),
+        ({"property": "floor", "ladder": ["a", "b"]}, "ladder is for property: rises, same and concave"),
+        ({"property": "lipschitz", "bound": 1}, "lipschitz needs distance, such as contrast.levenshtein"),
+        ({"property": "lipschitz", "distance": "d"}, "and a bound above 0"),
+        ({"distance": "d"}, "distance is for property: lipschitz"),
+        ({"bound": 1}, "bound is for property: floor, ceiling and lipschitz"),
+    ],
+)
+def test_settings_that_do_not_fit_the_property_are_refused(folder, settings, message):
+    assert message in failure("certify", dataset=folder, **settings)
+
+
+def test_a_property_that_leaves_no_pair_decided_is_refused(tmp_path):
+    answers = {"chosen": "a", "rejected": "b", "score_rejected": 5}
+    rows = [{"id": str(n), "prompt": str(n), "score_chosen": 1 + n % 2, **answers} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert failure("certify", dataset=tmp_path / "rows.jsonl") == (
+        "score_chosen is never below score_rejected: it fails on 1 of 40 prompts, and the band of 4 leaves no pair "
+        "decided; mend the score, or raise alpha above 0.1"
+    )
 
 
 @pytest.mark.slow
