@@ -175,7 +175,7 @@ SECTION = """
 
 ### Four data sets
 
-Means over {splits} random splits; ± and brackets are 95 % intervals over the splits. As splits share rows, they describe
+Means over {splits} random splits; ± and brackets are 95 % intervals over splits. As splits share rows, they describe
 the spread and are somewhat too narrow. Risk is the share of test rows that the tester moves by more than the band (with
 no band for the unconstrained and the constrained model). The data sets, all in scikit-learn: the course of *diabetes*
 along the body-mass index; the worst radius of *breast cancer* cells along their mean area; OD280/OD315 of *wine* along
@@ -190,7 +190,7 @@ Abalone and Concrete; their cells were not available to us, so none stands here.
 
 ### Both sides of a band
 
-The true risk of a band calibrated at alpha 0.1, over {draws} draws of n units whose two sides are made up. `cuts` is our
+The true risk of a band calibrated at alpha 0.1, over {draws} draws of n units with made-up sides. `cuts` is our
 rule. `best` is the narrowest band of all that lose as few calibration units as conformal risk control allows, which has
 no bound.
 
