@@ -8,13 +8,15 @@ tables   four data sets of scikit-learn, three shapes, 20 splits: each trains a 
 sides    bands with two sides, over 400 draws of made-up sides: the risk of our cuts, and of the best point of a grid
 biased   random-feature models on labels of which a share is biased: their distance from rising functions, and its bound
 
-Each result is one line of RESULTS, and a stopped run resumes with what is missing. All draws are by seed. Models and
-sizes were chosen on splits 100 and 101, which do not count.
+Each result is one line of RESULTS, with a hash of the code that made it. A stopped run resumes with what is missing.
+All draws are by seed. Models and sizes were chosen on splits 100 and 101, which do not count.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -22,9 +24,10 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from apo.guarantees import conformal, shapes
 from apo.guarantees.conformal import Band, band
 from apo.guarantees.shapes import Score, Shape, ShapeTester, constraints, move, nearest
-from clair.core.provenance import git_commit
+from clair.core.files import content_hash
 from recipes.experiments.paper_mini import results
 from recipes.world.running import ending_in_one_line
 
@@ -269,10 +272,10 @@ def jobs() -> Iterator[tuple[list[Any], Callable[..., Line]]]:
 def main() -> None:
     with ending_in_one_line("conformal"):
         finished = [line["key"] for line in results.read(RESULTS)]
-        commit = git_commit()
+        code = content_hash([inspect.getsource(module) for module in (conformal, shapes, sys.modules[__name__])])[:16]
         for key, function in jobs():
             if key not in finished:
-                results.append(RESULTS, {"key": key, **function(*key[1:]), "commit": commit})
+                results.append(RESULTS, {"key": key, **function(*key[1:]), "code": code})
                 print(*key, flush=True)
 
 
