@@ -14,9 +14,12 @@ All draws are by seed. Models and sizes were chosen on splits 100 and 101, which
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +32,7 @@ from apo.guarantees.conformal import Band, band
 from apo.guarantees.shapes import Score, Shape, ShapeTester, constraints, move, nearest
 from clair.core.files import content_hash
 from recipes.experiments.paper_mini import results
+from recipes.experiments.paper_mini.workers import ENVIRONMENT, completed, make_pool
 from recipes.world.running import ending_in_one_line
 
 RESULTS = Path("recipes/experiments/neighbours/results/conformal.jsonl")
@@ -96,20 +100,16 @@ def concave_model(features: Floats, target: Floats, coordinate: int, pivots: Flo
     return lambda points: line.predict(hinges(points)) + rest(np.delete(points, coordinate, axis=1))
 
 
-def measure_table(name: str, shape: Shape, split: int) -> dict[str, Any]:
-    """One split of one data set: the three models' risk and mean squared error, and the band, for each alpha."""
+def measure_table(name: str, split: int) -> Line:
+    """One split of one data set: by shape, the three models' risk and squared error, and the band for each alpha."""
     features, target, coordinate = table(name)
     order = np.random.default_rng(split).permutation(len(target))
     train, calibrate, test = np.split(order, np.cumsum(SIZES[name]))
     # The pivots come from the training rows: they must not depend on the units.
     pivots = np.unique(np.quantile(features[train, coordinate], np.linspace(0, 1, 33)))
-    tester = ShapeTester(coordinate, pivots, shape)
-    free = boosted(features[train], target[train])
-    if shape == "rises":
-        signs = [int(column == coordinate) for column in range(features.shape[1])]
-        constrained = boosted(features[train], target[train], signs)
-    else:
-        constrained = concave_model(features[train], target[train], coordinate, pivots, rising="rises" in shape)
+    rows, labels = features[train], target[train]
+    free, signs = boosted(rows, labels), [int(column == coordinate) for column in range(features.shape[1])]
+    predicted = free(features[test])
 
     def risk(up: Floats, down: Floats, within: Band) -> float:
         return float(((up > within.above) | (down > within.below)).mean())
@@ -117,38 +117,48 @@ def measure_table(name: str, shape: Shape, split: int) -> dict[str, Any]:
     def error(predicted: Floats) -> float:
         return float(((predicted - target[test]) ** 2).mean())
 
-    up, down = tester.sides(free, features[test])
-    calibration = tester.sides(free, features[calibrate])
-    line: dict[str, Any] = {
-        "risk": {
-            "unconstrained": risk(up, down, Band(0.0, 0.0)),
-            "constrained": risk(*tester.sides(constrained, features[test]), Band(0.0, 0.0)),
-        },
-        "error": {"unconstrained": error(free(features[test])), "constrained": error(constrained(features[test]))},
-        "adjusted": {},
-    }
-    for alpha in ALPHAS:
-        within = band(*calibration, alpha)
-        line["adjusted"][str(alpha)] = {
-            "above": within.above,
-            "below": within.below,
-            "risk": risk(up, down, within),
-            "error": error(move(free(features[test]), up, down, within)),
+    shapes: dict[str, Any] = {}
+    for shape in SHAPES:
+        tester = ShapeTester(coordinate, pivots, shape)
+        if shape == "rises":
+            constrained = boosted(rows, labels, signs)
+        else:
+            constrained = concave_model(rows, labels, coordinate, pivots, rising="rises" in shape)
+        up, down = tester.sides(free, features[np.concatenate([calibrate, test])])
+        (calibration_up, up), (calibration_down, down) = (np.split(side, [len(calibrate)]) for side in (up, down))
+        adjusted = {}
+        for alpha in ALPHAS:
+            within = band(calibration_up, calibration_down, alpha)
+            moved = move(predicted, up, down, within)
+            sides = {"above": within.above, "below": within.below}
+            adjusted[str(alpha)] = {**sides, "risk": risk(up, down, within), "error": error(moved)}
+        shapes[shape] = {
+            "risk": {
+                "unconstrained": risk(up, down, Band(0.0, 0.0)),
+                "constrained": risk(*tester.sides(constrained, features[test]), Band(0.0, 0.0)),
+            },
+            "error": {"unconstrained": error(predicted), "constrained": error(constrained(features[test]))},
+            "adjusted": adjusted,
         }
-    return line
+    return {"shapes": shapes}
 
 
 # ---- two sides
 
 DRAWS, UNITS = 400, (50, 100, 500)
-WORLDS: dict[str, Callable[[Floats, Floats], tuple[Floats, Floats]]] = {
-    "alike": lambda a, b: (a, b),
-    "unequal": lambda a, b: (5 * a, b / 2),
-    "equal": lambda a, b: (a, a),
-    "one side": lambda a, b: (a, 0 * b),
-    "heavy": lambda a, b: (np.exp(2 * a), b),
+WORLDS: dict[str, tuple[Callable[[Floats, Floats], tuple[Floats, Floats]], Callable[[float, float], float]]] = {
+    "alike": (lambda a, b: (a, b), lambda above, below: either(above, below)),
+    "unequal": (lambda a, b: (5 * a, b / 2), lambda above, below: either(above / 5, 2 * below)),
+    "equal": (lambda a, b: (a, a), lambda above, below: math.exp(-min(above, below))),
+    "one side": (lambda a, b: (a, 0 * b), lambda above, _: math.exp(-above)),
+    "heavy": (lambda a, b: (np.exp(2 * a), b), lambda above, below: either(math.log(max(above, 1)) / 2, below)),
 }
-"""The sides of a unit, from two independent exponential draws."""
+"""The sides of a unit, from two independent exponential draws, and the exact risk of a band."""
+
+
+def either(a: float, b: float) -> float:
+    """The probability that one of two independent exponential draws exceeds its bound."""
+    return 1 - (1 - math.exp(-a)) * (1 - math.exp(-b))
 
 
 def best_on_the_data(up: Floats, down: Floats, alpha: float) -> Band:
@@ -159,19 +169,19 @@ def best_on_the_data(up: Floats, down: Floats, alpha: float) -> Band:
     return Band(float(above), bounds[above])
 
 
-def measure_sides(world: str, n: int) -> dict[str, Any]:
+def measure_sides(world: str, n: int) -> Line:
     """The true risks and the mean widths of both ways to calibrate a band at alpha 0.1, over draws of n units."""
-    rng = np.random.default_rng(0)
-    population_up, population_down = WORLDS[world](*rng.exponential(1.0, (2, 200_000)))
-    result: dict[str, Any] = {"cuts": [], "best": []}
-    widths: dict[str, list[float]] = {"cuts": [], "best": []}
+    sides, risk = WORLDS[world]
+    rng, bands = np.random.default_rng(0), {"cuts": band, "best": best_on_the_data}
+    risks: dict[str, list[float]] = {name: [] for name in bands}
+    widths: dict[str, list[float]] = {name: [] for name in bands}
     for _ in range(DRAWS):
-        up, down = WORLDS[world](*rng.exponential(1.0, (2, n)))
-        for name, within in (("cuts", band(up, down, 0.1)), ("best", best_on_the_data(up, down, 0.1))):
-            lost = (population_up > within.above) | (population_down > within.below)
-            result[name].append(round(float(lost.mean()), 5))
+        up, down = sides(*rng.exponential(1.0, (2, n)))
+        for name, calibrate in bands.items():
+            within = calibrate(up, down, 0.1)
+            risks[name].append(round(risk(within.above, within.below), 5))
             widths[name].append(within.width)
-    return {"risks": result, "width": {name: float(np.mean(values)) for name, values in widths.items()}}
+    return {"risks": risks, "width": {name: float(np.mean(values)) for name, values in widths.items()}}
 
 
 # ---- biased labels
@@ -219,7 +229,7 @@ def trained_on_biased(share: float, rows: int, features: int, seed: int) -> Scor
     return lambda x: random_features(x, weights) @ solution
 
 
-def measure_biased(share: float, rows: int, features: int, seed: int) -> dict[str, Any]:
+def measure_biased(share: float, rows: int, features: int, seed: int) -> Line:
     """Distances in root mean square on a grid of 64 x 8 points, and a band at alpha 0.05 from 200 unlabelled units."""
     score = trained_on_biased(share, rows, features, seed)
     points = np.stack([np.tile(GRID, 8), np.repeat(OTHERS, 64)], axis=1)
@@ -253,30 +263,39 @@ def measure_biased(share: float, rows: int, features: int, seed: int) -> dict[st
 # ---- all
 
 
-def jobs() -> Iterator[tuple[list[Any], Callable[..., Line]]]:
+def jobs() -> Iterator[tuple[tuple[Any, ...], Callable[..., Line]]]:
     """The key of each result, and the function that measures it from the key's parts."""
     for split in range(SPLITS):
         for name in SIZES:
-            for shape in SHAPES:
-                yield ["table", name, shape, split], measure_table
+            yield ("table", name, split), measure_table
     for world in WORLDS:
         for n in UNITS:
-            yield ["sides", world, n], measure_sides
+            yield ("sides", world, n), measure_sides
     for share in SHARES:
         for seed in range(SEEDS):
             sizes = [(rows, FEATURES[1]) for rows in ROWS] + [(ROWS[2], features) for features in FEATURES[::2]]
             for rows, features in sizes:
-                yield ["biased", share, rows, features, seed], measure_biased
+                yield ("biased", share, rows, features, seed), measure_biased
+
+
+def measure(key: tuple[Any, ...]) -> Line:
+    """The result with this key, with its processor seconds."""
+    started, function = time.process_time(), dict(jobs())[key]
+    return {"key": key, **function(*key[1:]), "cpu_seconds": round(time.process_time() - started, 2)}
 
 
 def main() -> None:
-    with ending_in_one_line("conformal"):
-        finished = [line["key"] for line in results.read(RESULTS)]
-        code = content_hash([inspect.getsource(module) for module in (conformal, shapes, sys.modules[__name__])])[:16]
-        for key, function in jobs():
-            if key not in finished:
-                results.append(RESULTS, {"key": key, **function(*key[1:]), "code": code})
-                print(*key, flush=True)
+    parser = argparse.ArgumentParser(description="Measure what the certificates promise.")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    args = parser.parse_args()
+    os.environ |= ENVIRONMENT
+    code = content_hash([inspect.getsource(module) for module in (conformal, shapes, sys.modules[__name__])])[:16]
+    with ending_in_one_line("conformal"), make_pool(args.workers) as pool:
+        finished = {tuple(line["key"]) for line in results.read(RESULTS)}
+        missing = {str(key): (key,) for key, _ in jobs() if key not in finished}
+        for name, line in completed(pool, measure, missing):
+            results.append(RESULTS, {**line, "code": code})
+            print(name, flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ Lines = Mapping[tuple[Any, ...], Mapping[str, Any]]
 def read_lines(file: Path = RESULTS) -> Lines:
     """The results by key. Raises UserError unless all are there."""
     lines = {tuple(line["key"]): line for line in results.read(file)}
-    missing = [key for key, _ in jobs() if tuple(key) not in lines]
+    missing = [key for key, _ in jobs() if key not in lines]
     if missing:
         raise UserError(f"{file} lacks {len(missing)} results, such as {missing[0]}; run the experiment to its end")
     return lines
@@ -66,7 +66,7 @@ def three_digits(value: float) -> str:
 
 
 def splits(lines: Lines, name: str, shape: str) -> list[Mapping[str, Any]]:
-    return [lines["table", name, shape, split] for split in range(SPLITS)]
+    return [lines["table", name, split]["shapes"][shape] for split in range(SPLITS)]
 
 
 def adjusted(lines: Lines, name: str, shape: str, alpha: float, value: str) -> list[float]:
