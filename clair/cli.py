@@ -320,7 +320,7 @@ def check_endpoint(
 
 @app.command("next")
 def next_(
-    folder: Annotated[str, typer.Argument(help="The dataset folder or URL of the round before.")],
+    folder: Annotated[str, typer.Argument(help="The dataset folder or URL of the previous round.")],
     model: Annotated[str, typer.Option(help="The tuned model's folder: the new target.")],
     out: Annotated[Path, typer.Option(callback=local, help="The dataset folder of the new round.")],
 ) -> None:
@@ -342,7 +342,7 @@ def iterate(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print commands and maximum calls.")] = False,
 ) -> None:
-    """Run rounds of build, train and evaluate, each on the model of the round before. Run it again to go on."""
+    """Run rounds of build, train and evaluate, each on the model of the previous round. Run it again to resume it."""
     from clair.core.console import show as print_
     from clair.core.recipe import load_recipe
     from clair.rounds.config import IterateConfig
@@ -359,7 +359,7 @@ def iterate(
     if result.rounds:
         print_(table(result.rounds))
         print_(f"{rounds.config.out}/{RESULT} and {rounds.config.out}/{PICTURE} hold the rounds")
-    print_(f"{result.ended}; the best model is {result.best}")
+    print_(f"{result.reason}; the best model is {result.best}")
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

@@ -35,7 +35,7 @@ def _mixeval_table(score: MixEvalScore) -> Table:
         unresolved = sum(benchmark.unresolved for benchmark in benchmarks.values())
         table.add_row(split, *_row(getattr(score, field), score.intervals[field], unresolved))
         for name, benchmark in benchmarks.items():
-            row = (_percent(benchmark.score), "", str(benchmark.n), str(benchmark.unresolved))
+            row = (percent(benchmark.score), "", str(benchmark.n), str(benchmark.unresolved))
             table.add_row(f"  {name}", *row)
         table.add_section()
     return table
@@ -43,15 +43,8 @@ def _mixeval_table(score: MixEvalScore) -> Table:
 
 def _ifeval_table(score: IFEvalScore) -> Table:
     """The shares of prompts and instructions, then of groups and types of instructions."""
-    table = Table(
-        title=f"{score.model.name}: IFEval, % followed",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    for head in ("", "loose", "95 % interval", "strict", "95 % interval", "n"):
-        table.add_column(head, overflow="fold")
+    heads = ("", "loose", "95 % interval", "strict", "95 % interval", "n")
+    table = wide_table(f"{score.model.name}: IFEval, % followed", heads)
     intervals = score.intervals
     levels = {
         "prompts": InstructionScore(loose=intervals["prompt_loose"], strict=intervals["prompt_strict"]),
@@ -69,10 +62,18 @@ def _ifeval_table(score: IFEvalScore) -> Table:
     return table
 
 
+def wide_table(title: str, heads: Sequence[str]) -> Table:
+    """Return a table without edges, whose cells wrap instead of being cut."""
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    return table
+
+
 def _cells(value: float | None, interval: ScoreInterval) -> tuple[str, str]:
     if value is None:
-        return ("bracket", _range(interval.bracket))
-    return (_percent(value), _range(interval.ci95))
+        return ("bracket", percent_range(interval.bracket))
+    return (percent(value), percent_range(interval.ci95))
 
 
 def _row(value: float | None, interval: ScoreInterval, unresolved: int) -> tuple[str, ...]:
@@ -80,11 +81,13 @@ def _row(value: float | None, interval: ScoreInterval, unresolved: int) -> tuple
     return (*_cells(value, interval), counts, str(unresolved))
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """Return a share in per cent, or nothing for None."""
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def _range(interval: Sequence[float] | None) -> str:
+def percent_range(interval: Sequence[float] | None) -> str:
+    """Return an interval of a share in per cent, or nothing for None."""
     return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
 
 
@@ -98,10 +101,8 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
         f"Tuned minus {base}, points; {comparison['rows']:,} rows of {comparison['questions']:,} questions, "
         f"{comparison['clusters']:,} clusters"
     )
-    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
-    widest = {"95 % interval": len("+10.0 to +12.5")}  # a reason for its absence may be longer
-    for head in ("", "score", "delta", "95 % interval", "p", "corrected", "better,\nworse"):
-        table.add_column(head, overflow="fold", max_width=widest.get(head))
+    table = wide_table(title, ("", "score", "delta", "95 % interval", "p", "corrected", "better,\nworse"))
+    table.columns[3].max_width = len("+10.0 to +12.5")  # a reason for its absence may be longer
     for index, model in enumerate(comparison["tuned"]):
         for section in comparison["parts"]:
             if section["level"] == "benchmark":
@@ -113,7 +114,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
                 f"{model['name']}: {name}".removesuffix(": ") if section["level"] == "overall" else f"  {name}",
                 f"{100 * numbers['score']:.1f}",
                 f"{100 * numbers['delta']:+.1f}",
-                _points(numbers["delta_ci95"]) or numbers["no_interval"],
+                point_range(numbers["delta_ci95"]) or numbers["no_interval"],
                 *(_p_value(numbers[p]) for p in ("p", "p_holm")),
                 f"{numbers['better']}, {numbers['worse']}",
             )
@@ -142,14 +143,14 @@ def comparison_notes(comparison: Mapping[str, Any]) -> Iterator[str]:
             flips = section["p_holm"] is not None and section["p_holm"] < 0.05 and low <= 0 <= high
             yield (
                 f"{model['name']}: {base['unresolved']} items of {base['name']} and {model['unresolved']} of its own "
-                f"are unresolved; were they wrong or right, delta would be anything from {_points((low, high))}"
+                f"are unresolved; were they wrong or right, delta would be anything from {point_range((low, high))}"
                 f"{': they decide whether there is a difference' if flips else ''}."
             )
     if best := comparison["best"]:
         delta, bias, left = (f"{100 * best[key]:.1f}" for key in ("delta", "selection_bias", "corrected"))
         yield (
             f"The best of {best['of']}, {best['name']}, leads by {delta} points, of which choosing the best accounts "
-            f"for about {bias}; corrected {left}, 95 % interval {_points(best['ci95'])}."
+            f"for about {bias}; corrected {left}, 95 % interval {point_range(best['ci95'])}."
         )
     for model, power in zip(comparison["tuned"], comparison["power"], strict=True):
         if power:
@@ -166,7 +167,7 @@ def winrate_table(result: Mapping[str, Any]) -> Table:
     title = "{} against {}, judge {}; {:,} comparisons".format(*names, result["comparisons"])
     table = Table("", "mean", "95 % interval", title=title)
     if result["win_rate"] is None:
-        table.add_row("win rate, %", "bracket", _range(result["bracket"]))
+        table.add_row("win rate, %", "bracket", percent_range(result["bracket"]))
     else:
         table.add_row("win rate, %", *_share(result["win_rate"]))
     controlled = result["length_controlled"]
@@ -176,11 +177,11 @@ def winrate_table(result: Mapping[str, Any]) -> Table:
         table.add_row("  at equal lengths, %", *_share({"mean": controlled["rate"], "ci95": controlled["ci95"]}))
     table.add_row("won, tied, lost", f"{result['won']:,}, {result['tied']:,}, {result['lost']:,}", "")
     if cut_off := sum(result["truncated"].values()):
-        table.add_row("answers cut off", f"{cut_off:,}", f"rate {_range(result['bracket'])}")
+        table.add_row("answers cut off", f"{cut_off:,}", f"rate {percent_range(result['bracket'])}")
     if result["resolved"] < result["comparisons"]:
         counts = ", ".join(f"{count} {reason}" for reason, count in result["unresolved"].items())
         unresolved = f"{result['comparisons'] - result['resolved']:,}"
-        table.add_row("unresolved", unresolved, f"{counts}; rate {_range(result['bracket'])}")
+        table.add_row("unresolved", unresolved, f"{counts}; rate {percent_range(result['bracket'])}")
     table.add_section()
     table.add_row("length ratio, tuned / base", f"{result['length']['ratio'] or 0:.2f}", "")
     if result["consistency"]:
@@ -202,17 +203,19 @@ def stability_table(result: Mapping[str, Any]) -> Table:
         overall = judge["flips"]["overall"]
         table.add_row("  changes the score, %", *_share(overall["changes"]))
         table.add_row("  judgements all agree, %", *_share(overall["unanimous"]))
-        table.add_row("  no verdict, %", _percent(result["unreadable"][role]), "")
+        table.add_row("  no verdict, %", percent(result["unreadable"][role]), "")
         delta = judge["difference"]
-        table.add_row("  tuned minus base, points", f"{100 * delta['mean']:+.1f}", _points(delta.get("ci95")))
+        table.add_row("  tuned minus base, points", f"{100 * delta['mean']:+.1f}", point_range(delta.get("ci95")))
         spread = min(delta["by_repeat"]), max(delta["by_repeat"])
-        table.add_row("  ... of each judgement", "", _points(spread), end_section=True)
+        table.add_row("  ... of each judgement", "", point_range(spread), end_section=True)
     if between := result["between"]:
         table.add_row("between the two judges: flips, %", *_share(between["overall"]["flips"]))
         shift = between["overall"]["score_difference"]
-        table.add_row("  second's scores, points", f"{100 * shift['mean']:+.1f}", _points(shift["ci95"]))
+        table.add_row("  second's scores, points", f"{100 * shift['mean']:+.1f}", point_range(shift["ci95"]))
         change = between["difference_change"]
-        table.add_row("  second's tuned minus base, points", f"{100 * change['mean']:+.1f}", _points(change["ci95"]))
+        table.add_row(
+            "  second's tuned minus base, points", f"{100 * change['mean']:+.1f}", point_range(change["ci95"])
+        )
     return table
 
 
@@ -222,11 +225,11 @@ def stability_notes(result: Mapping[str, Any]) -> Iterator[str]:
         if not (widths := judge["difference"]["half_width"]):
             yield "all answers are to one question, so the difference has no interval"
             return
-        one, several, steady = (f"{100 * widths[name]:.2f}" for name in ("one", "all", "steady"))
+        single, several, steady = (f"{100 * widths[name]:.2f}" for name in ("one", "all", "steady"))
         widening = judge["difference"]["widening"]
         wider = "" if widening is None else f", {100 * widening:.1f} % wider than by a judge that never changes"
         yield (
-            f"{role}: judged once, the difference is known to +-{one} points{wider} (+-{steady}); judged "
+            f"{role}: judged once, the difference is known to +-{single} points{wider} (+-{steady}); judged "
             f"{result['repeats']} times, to +-{several}."
         )
 
@@ -252,7 +255,7 @@ def pairs_table(result: Mapping[str, Any]) -> Table:
 
 
 def _share(estimate: Mapping[str, Any]) -> tuple[str, str]:
-    return _percent(estimate["mean"]), _range(estimate["ci95"])
+    return percent(estimate["mean"]), percent_range(estimate["ci95"])
 
 
 def _number(estimate: Mapping[str, Any]) -> tuple[str, str]:
@@ -260,7 +263,8 @@ def _number(estimate: Mapping[str, Any]) -> tuple[str, str]:
     return f"{estimate['mean']:.4g}", f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
 
 
-def _points(interval: Sequence[float] | None) -> str:
+def point_range(interval: Sequence[float] | None) -> str:
+    """Return an interval of a difference in points, or nothing for None."""
     return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}" if interval else ""
 
 

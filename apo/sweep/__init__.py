@@ -1,4 +1,4 @@
-"""A grid of training recipes: one run for each combination, and the best of them, corrected for its selection.
+"""Train a grid of recipes, one run per combination, and compare the runs on held-out pairs.
 
 Imports `training`, `evaluation` and the layers below them.
 """

@@ -18,26 +18,27 @@ from clair.core.progress import duration, printable, progress
 def sweep(
     recipe: Annotated[Path, typer.Argument(help="A training recipe in YAML.")],
     grid: Annotated[
-        list[str] | None, typer.Option("--grid", help="key=value,value: a run for each; repeatable, all combinations.")
+        list[str] | None,
+        typer.Option("--grid", help="key=value,value: one run per value; repeatable, all combinations."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder of all runs, instead of the recipe's `out`.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the runs and their cost.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all; print the runs and their cost.")] = False,
 ) -> None:
     """Train a recipe with every combination of values, and compare the runs on the held-out pairs.
 
-    Run it again to go on: a finished run is never trained again, and a stopped one resumes.
+    Run it again to continue: a finished run is not trained again, and a stopped run resumes.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("apo sweep starts a process for each run; start it without torchrun, see apo sweep --dry-run")
+        raise UserError("apo sweep starts one process per run; start it without torchrun")
     quieten()
     from apo.sweep.grid import check_runs, expand_grid, parse_grid
 
     runs = expand_grid(recipe, parse_grid(grid or []), set_ or [], out)
     with progress("checking the runs"):
         runs = check_runs(runs)
-    arguments = [str(recipe), *(part for override in set_ or [] for part in ("--set", override))]
+    arguments = [str(recipe), *(argument for override in set_ or [] for argument in ("--set", override))]
     if dry_run:
         _print_plan(runs, arguments)
         return
@@ -47,7 +48,7 @@ def sweep(
 def _run(runs: Sequence[Any], arguments: Sequence[str]) -> None:
     from apo.monitoring.plots import draw_sweep
     from apo.sweep.grid import PICTURE, RESULT
-    from apo.sweep.processes import log_file, train_runs, unfinished, visible_devices
+    from apo.sweep.processes import log_file, train_runs, visible_devices
     from apo.sweep.results import notes, summarize, sweep_table
     from clair.core.console import show
     from clair.core.files import write_json
@@ -63,25 +64,23 @@ def _run(runs: Sequence[Any], arguments: Sequence[str]) -> None:
             with progress("runs", len(runs), initial=finished) as bar:
                 failed = train_runs(runs, arguments, visible_devices(), bar)
         except KeyboardInterrupt as stop:
-            print_line("interrupted; the same command goes on: finished runs are kept, stopped ones resume")
+            print_line("interrupted; run the same command to continue: finished runs are kept, stopped runs resume")
             raise typer.Exit(EXIT_INTERRUPTED) from stop
-        left = {run.name for run in unfinished(runs)}
-        whole = [run for run in runs if run.name not in left]
-        result = summarize(whole, failed)
+        result = summarize([run for run in runs if run.name not in failed], failed)
         write_json(out / RESULT, result)
-        if whole:
+        if result["runs"]:
             draw_sweep(result, out / PICTURE)
     show(sweep_table(result))
     for note in notes(result):
         print(printable(note))
-    print(f"numbers in {out / RESULT}, the picture in {out / PICTURE}")
+    print(f"numbers in {out / RESULT}, plot in {out / PICTURE}")
     if failed:
         print_line(f"{len(failed)} runs failed; see {log_file(runs[0]).with_name('NAME.log')}, then run it again")
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
 def _print_plan(runs: Sequence[Any], arguments: Sequence[str]) -> None:
-    """Print each run with its status, steps and command, then the cost of those that are not finished."""
+    """Print each run with its status, steps and command, then the cost of all unfinished runs."""
     from apo.sweep.processes import train_command, visible_devices
 
     for run in runs:

@@ -1,4 +1,4 @@
-"""The runs of a sweep: one recipe with every combination of the grid's values, each in a folder of its own."""
+"""The runs of a sweep: one recipe with every combination of the grid's values."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from clair.core.recipe import load_recipe, parse_yaml, resolved
 RESULT = "sweep.json"
 PICTURE = "sweep.png"
 _FIXED = {
-    "out": "each run has its own folder in the sweep's",
+    "out": "each run has its own folder in that of the sweep",
     "by": "a sweep trains one model for each combination",
     "eval": "all runs are compared on the same held-out pairs",
     "eval_rows": "a sweep sets it",
 }
-"""Keys that no grid can have, and why."""
+"""Keys that a grid cannot have, and why."""
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One combination of the grid: the folder's name, the values by key, and the checked config.
+    """One combination of the grid: the name of its folder, the values by key, and the config.
 
-    `flops` are those of training alone, `reference_flops` those of the reference; None if they cannot be estimated.
+    `flops` are the FLOPs of training (None if they cannot be estimated), `reference_flops` those of the reference's
+    log-probs, and `speed` the FLOPs per second of this machine.
     """
 
     name: str
@@ -55,18 +56,18 @@ class SweepRun:
 
     @property
     def overrides(self) -> list[str]:
-        """The grid's values as `--set` takes them, and the rows that a sweep compares."""
+        """The arguments of `--set` for this run; `eval_rows` writes the held-out rows that a sweep compares."""
         return [*(f"{key}={json.dumps(value)}" for key, value in self.values.items()), "eval_rows=true"]
 
     @property
     def reference(self) -> str:
-        """Equal for runs whose reference log-probs may be the same."""
+        """A key that is equal for runs that may share reference log-probs."""
         keys = ("model", "dataset", "seed", "quantize")
         return json.dumps([resolved(self.config)[key] for key in keys], sort_keys=True)
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """The values of each key of `--grid key=value,value`. They are YAML, as in `--set`. Raises UserError."""
+    """Parse `--grid key=value,value` into values by key. They are YAML, as in `--set`. Raises UserError."""
     grid: dict[str, list[Any]] = {}
     for text in texts:
         key, equals, values = text.partition("=")
@@ -75,12 +76,12 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
         if reason := _FIXED.get(key.partition(".")[0]):
             raise UserError(f"--grid {key}: {reason}; leave it out, or set it for all runs with --set")
         if key in grid:
-            raise UserError(f"--grid {key} stands twice; write all of its values into one")
+            raise UserError(f"--grid {key} is given twice; write all values into one --grid")
         try:
             grid[key] = parse_yaml(f"[{values}]")
         except yaml.YAMLError as error:
             raise UserError(
-                f"--grid {key}: {values!r} are no values with commas between ({one_line(error)})"
+                f"--grid {key}: {values!r} is not a list of YAML values with commas ({one_line(error)})"
             ) from error
         distinct = {json.dumps(value, sort_keys=True) for value in grid[key]}
         if len(distinct) < 2 or len(distinct) < len(grid[key]):
@@ -96,30 +97,30 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
 def expand_grid(
     recipe: str | Path, grid: Mapping[str, Sequence[Any]], overrides: Sequence[str], out: str | None = None
 ) -> list[SweepRun]:
-    """The runs of a sweep, the last key varying fastest. Raises UserError for a recipe that a run cannot have."""
+    """Return the runs of a sweep; the last key varies fastest. Raises UserError for a recipe that is not valid."""
     base = load_recipe(TrainConfig, recipe, overrides)
     folder = Path(out or base.out)
     if base.by is not None:
-        raise UserError("by: a sweep trains one model for each combination; leave it out, or choose a group by `where`")
+        raise UserError("by: a sweep trains one model per combination; remove it, or choose a group by `where`")
     check_out_folder(folder, "sweep", [RESULT])
-    last_parts = [key.rpartition(".")[2] for key in grid]
-    labels = last_parts if len(set(last_parts)) == len(grid) else list(grid)
+    short = [key.rpartition(".")[2] for key in grid]
+    labels = short if len(set(short)) == len(grid) else list(grid)
     runs: dict[str, SweepRun] = {}
     for combination in product(*grid.values()):
         texts = (value if isinstance(value, str) else json.dumps(value).replace("e+", "e") for value in combination)
         name = "_".join(value_folder(f"{label}-{text}") for label, text in zip(labels, texts, strict=True))
         run = SweepRun(name, dict(zip(grid, combination, strict=True)), base)
-        if (other := runs.setdefault(name.casefold(), run)) is not run:
-            raise UserError(f"--grid: {dict(other.values)} and {dict(run.values)} would share the folder {name}")
+        if (earlier := runs.setdefault(name.casefold(), run)) is not run:
+            raise UserError(f"--grid: {dict(earlier.values)} and {dict(run.values)} would share the folder {name}")
         config = load_recipe(TrainConfig, recipe, [*overrides, *run.overrides])
         runs[name.casefold()] = replace(run, config=config.model_copy(update={"out": str(folder / name)}))
     return list(runs.values())
 
 
 def check_runs(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """The runs with status, steps and cost, each checked as `apo train` checks it, without loading a weight.
+    """Check all runs as `apo train` does, without loading weights. Returns them with status, steps and cost.
 
-    Raises UserError, which names the run, for the first that cannot be trained, and if held-out pairs differ.
+    Raises UserError for the first run that cannot be trained, and if the held-out pairs of two runs differ.
     """
     checked, held_out = [], set()
     for run in runs:
@@ -135,7 +136,7 @@ def check_runs(runs: Sequence[SweepRun]) -> list[SweepRun]:
         held_out.add(hash_pairs(planned.eval.dataset))
         if len(held_out) > 1:
             raise UserError(
-                f"{run.name} has other held-out pairs than {runs[0].name}; name the same for all with `eval`"
+                f"{run.name} has other held-out pairs than {runs[0].name}; set `eval` to one file or split for all"
             )
         run = replace(run, status=status, steps=planned.steps)
         if not isinstance(costs, str):

@@ -1,4 +1,4 @@
-"""Train the runs of a sweep: each in a process of its own, one at a time on each GPU, or one after another on a CPU."""
+"""Train the runs of a sweep, each in its own process: one at a time on each GPU, or one after another on a CPU."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from apo.monitoring.metrics import series
-from apo.run_dir.files import METRICS, RUN, read_log, run_status
+from apo.run_dir.files import METRICS, RUN, read_log
 from apo.sweep.grid import SweepRun
-from clair.core.errors import EXIT_INTERRUPTED, UserError, one_line
+from clair.core.errors import EXIT_INTERRUPTED, one_line
 from clair.core.progress import Progress
-from clair.core.recipe import resolved
 from clair.core.watched_process import WatchedProcess
 
 _POLL_SECONDS = 0.2
 
 
 def visible_devices() -> list[str | None]:
-    """The value of CUDA_VISIBLE_DEVICES for each process that may run at the same time; [None]: one, as it is."""
+    """Return CUDA_VISIBLE_DEVICES for each process that runs at the same time; [None]: one process, unchanged."""
     import torch
 
     count = torch.cuda.device_count()
@@ -35,10 +34,10 @@ def visible_devices() -> list[str | None]:
 def train_runs(
     runs: Sequence[SweepRun], arguments: Sequence[str], devices: Sequence[str | None], progress: Progress
 ) -> dict[str, str]:
-    """Train the runs that are not finished by `apo train` with these `arguments`. Returns the errors by run.
+    """Train the unfinished runs by `apo train` with these `arguments`. Returns the errors by run.
 
-    Of runs that may share reference log-probs, one begins at a time: the first computes them, the others read them from
-    the cache. Raises KeyboardInterrupt after Ctrl-C, when each process has saved a checkpoint.
+    Runs that may share reference log-probs start one after another: the first computes them, the others read them from
+    the cache. After Ctrl-C, raises KeyboardInterrupt when each process has saved a checkpoint.
     """
     waiting = [run for run in runs if run.status != "finished"]
     free, running, errors = list(devices), dict[WatchedProcess, tuple[SweepRun, str | None]](), dict[str, str]()
@@ -66,13 +65,13 @@ def train_runs(
 
 
 def log_file(run: SweepRun) -> Path:
-    """The file with the messages of a run's process."""
+    """Return the file with the messages of a run."""
     return run.out.with_name(f"{run.name}.log")
 
 
 def train_command(run: SweepRun, arguments: Sequence[str]) -> list[str]:
-    """The arguments of `apo` that train a run; `arguments` are the recipe and the `--set` of all runs."""
-    sets = [part for override in run.overrides for part in ("--set", override)]
+    """Return the arguments of `apo` that train a run; `arguments` are the recipe and the `--set` of all runs."""
+    sets = [argument for override in run.overrides for argument in ("--set", override)]
     return ["train", *arguments, *sets, "--out", run.config.out]
 
 
@@ -84,7 +83,7 @@ def _start(run: SweepRun, arguments: Sequence[str], device: str | None) -> Watch
 
 @contextmanager
 def _stop_at_end(running: dict[WatchedProcess, tuple[SweepRun, str | None]]) -> Iterator[None]:
-    """Stop all processes that are running if the block ends early: they save a checkpoint. SIGTERM acts as Ctrl-C."""
+    """If the block ends early, stop all processes; each saves a checkpoint. SIGTERM acts as Ctrl-C."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -112,15 +111,3 @@ def _describe(run: SweepRun) -> str:
 def _last_line(file: Path) -> str:
     lines = file.read_text("utf-8", "replace").strip().splitlines()
     return one_line(lines[-1].removeprefix("error: ")) if lines else ""
-
-
-def unfinished(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """The runs that have not finished."""
-
-    def is_finished(run: SweepRun) -> bool:
-        try:
-            return run_status(run.out, resolved(run.config)) == "finished"
-        except UserError:
-            return False
-
-    return [run for run in runs if not is_finished(run)]

@@ -1,7 +1,7 @@
-"""Score answers by a command of the user's: JSON lines in a process of its own, with limits on time and memory.
+"""Score answers by a command that reads and writes JSON lines, in processes with limits on time and memory.
 
-A line goes in for each prompt: `{"id": ..., "prompt": [messages], "answers": [texts], "reference": ...}`. The line
-`{"id": ..., "scores": [numbers]}` must come out in time. The id says that the reply belongs to the prompt.
+The command gets one line per prompt: `{"id": ..., "prompt": [messages], "answers": [texts], "reference": ...}`. In time
+it must write the line `{"id": ..., "scores": [numbers]}`. The id assigns the scores to the prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STDERR_BYTES = 4000
 
 
 class Checker:
-    """A pool of checker processes. One that hangs or crashes is killed, and the next prompt gets a new one."""
+    """A pool of checker processes. A process that hangs or crashes is killed; the next prompt gets a new one."""
 
     def __init__(self, config: CheckerConfig) -> None:
         self._config = config
@@ -35,7 +35,7 @@ class Checker:
             self._slots.put_nowait(None)
 
     async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[list[float]]:
-        """One list with the scores of the answers. Drops the row if the checker hangs, crashes, or gives no numbers."""
+        """Return one list with the scores. Drops the row if the checker hangs, crashes or gives no numbers."""
         line = {"id": prompt.id, "prompt": prompt.messages, "answers": [answer.text for answer in answers]}
         if any(answer.tool_calls for answer in answers):
             line |= {"tool_calls": [answer.tool_calls for answer in answers], "tools": prompt.tools}
@@ -55,7 +55,7 @@ class Checker:
             self._slots.put_nowait(process)
 
     async def close(self) -> None:
-        """Kill all processes that wait for a line."""
+        """Kill all idle processes."""
         while not self._slots.empty():
             if process := self._slots.get_nowait():
                 await process.kill()
@@ -76,13 +76,13 @@ class _Process:
         return cls(await asyncio.create_subprocess_exec(*command, **pipes, limit=_MAX_LINE, start_new_session=True))
 
     async def ask(self, line: bytes, seconds: float) -> bytes:
-        """The line that answers `line`. Drops the row if none comes in time, or the process ends."""
+        """Send a line and return the reply. Drops the row if none comes in time, or if the process ends."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
         try:
             async with asyncio.timeout(seconds):
-                with suppress(ConnectionError):  # it ended without reading: its last words are read below
+                with suppress(ConnectionError):  # it ended without reading: its stderr is read below
                     stdin.write(line)
                     await stdin.drain()
                 reply = await stdout.readline()
@@ -97,7 +97,7 @@ class _Process:
         raise Dropped("checker", "crashed", f"it ended with code {code}{_last_line(self._stderr)}")
 
     async def kill(self) -> None:
-        """End the process and all that it has started."""
+        """Kill the process and its children."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
@@ -111,7 +111,7 @@ class _Process:
 
 
 def _limited(config: CheckerConfig) -> list[str]:
-    """The command behind a limit on its address space, which `ulimit` counts in KiB."""
+    """Return the command with a limit on its address space, which `ulimit` counts in KiB."""
     limit = str(config.megabytes * 1000**2 // 1024)
     return ["/bin/sh", "-c", 'ulimit -v "$0" && exec "$@"', limit, *config.command]
 
@@ -122,7 +122,7 @@ def _last_line(stderr: bytes) -> str:
 
 
 def _read_scores(text: bytes, id: str, count: int) -> list[float]:
-    """The scores in a checker's line. Drops a line of another form, of another prompt, or with a score that is none."""
+    """Parse a checker's line. Drops a line of another form or of another prompt, and a score that is not finite."""
     try:
         reply: Any = json.loads(text)
         scores = reply["scores"] if reply["id"] == id else None
@@ -140,17 +140,17 @@ def _read_scores(text: bytes, id: str, count: int) -> list[float]:
 
 
 def check_checker(config: CheckerConfig) -> None:
-    """Check that the command starts and ends when its input ends. Raises UserError."""
+    """Check that the command starts, and that it ends when its input ends. Raises UserError."""
     program = config.command[0]
     if shutil.which(program) is None:
         raise UserError(
-            f"scores.checker.command: there is no program {program!r}; give a command that this shell finds"
+            f"scores.checker.command: there is no program {program!r}; give a program on the PATH, or its full path"
         )
     name = f"scores.checker: `{' '.join(config.command)}`"
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "start_new_session": True}
     try:
         command = _limited(config)
-        result = subprocess.run(command, timeout=config.seconds, check=False, **options)  # noqa: S603 (the user's own)
+        result = subprocess.run(command, timeout=config.seconds, check=False, **options)  # noqa: S603 (the command of the recipe)
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{name} does not end within {config.seconds:g} s when its input ends; read standard input to its end, or "

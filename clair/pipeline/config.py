@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from clair.core.recipe import Recipe, changed_keys, check_used, resolved
 from clair.data.prompt_sources import PromptSource
@@ -27,54 +26,47 @@ from clair.storage.location import Location
 _ROLES = ("target", "reviser", "judge", "weaker", "stronger")
 _PIPELINES = {
     "revised": ("target", "reviser"),
-    "judged": ("target", "judge"),
+    "judged": ("target", "judge", "samples", "candidates", "scores"),
     "stronger": ("target", "stronger"),
     "delta": ("weaker", "stronger"),
 }
+"""The roles and keys that only some pipelines use; first the role whose answers are rejected or compared."""
 
 
 class BalanceConfig(Recipe):
-    """`balance:` of a data recipe: leave pairs out until winners are not longer on average."""
+    """`balance:` of a data recipe: leave out pairs until winners are not longer than losers on average."""
 
     tokens: int = Field(ge=0)
-    """A pair whose answers differ by more tokens than this is left out."""
+    """The largest difference between the answers of a pair, in tokens."""
     tokenizer: str | None = None
-    """A folder or hub name with the tokenizer that counts; absent: that of a model that the recipe names by path."""
+    """The folder or hub name of the tokenizer that counts. Absent: that of the first model with a `path`."""
 
 
 class CheckerConfig(Recipe):
-    """`scores.checker:` a command of the user's that scores answers."""
+    """`scores.checker:` a command that scores answers."""
 
     command: tuple[str, ...] = Field(min_length=1)
     """The program and its arguments."""
     seconds: float = Field(default=30.0, gt=0)
-    """The time for one prompt, that of the start included."""
+    """The time for one prompt, including the start of the process."""
     megabytes: int = Field(default=4096, ge=1)
-    """The address space of a process, in 10^6 bytes."""
+    """The limit on the address space of a process, in 10^6 bytes."""
     processes: int = Field(default=4, ge=1)
-    """Checkers at the same time."""
+    """The maximum number of processes."""
 
 
 class MarginConfig(Recipe):
-    """`scores.margin:` how far the loser's score lies below the winner's."""
+    """`scores.margin:` the difference between the scores of winner and loser."""
 
     least: float = Field(default=0.0, ge=0)
-    most: float = math.inf
+    most: float | None = Field(default=None, gt=0)
+    """Absent: no limit."""
 
     @model_validator(mode="after")
     def _check_order(self) -> MarginConfig:
-        if self.most < self.least or self.most == 0:
+        if self.most is not None and self.most < self.least:
             raise ValueError(f"no margin lies between least: {self.least:g} and most: {self.most:g}; raise most")
         return self
-
-    @field_serializer("most")
-    def _finite(self, value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    @field_validator("most", mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return math.inf if value is None else value
 
 
 DEFAULT_RUBRIC = (
@@ -84,26 +76,26 @@ DEFAULT_RUBRIC = (
 
 
 class ScoresConfig(Recipe):
-    """`scores:` of a data recipe: what scores the answers, and which two become a pair."""
+    """`scores:` of a data recipe: the source of the scores, and the choice of a pair by them."""
 
     checker: CheckerConfig | None = None
     reward: RewardConfig | None = None
     judges: tuple[ScoreJudgeConfig, ...] = ()
-    """Models that score each answer by itself; the mean of their scores counts."""
+    """Models that score each answer by itself. The score of an answer is their mean."""
     rubric: str = DEFAULT_RUBRIC
     scale: tuple[int, int] = (1, 10)
     """The lowest and the highest score of a judge."""
     floor: float | None = None
-    """The least score of a winner. Absent: any."""
+    """The lowest score of a winner. Absent: no limit."""
     margin: MarginConfig | None = None
-    """Absent: the best answer against the worst."""
+    """Absent: the best answer is paired with the worst."""
     flat: float = Field(default=0.0, ge=0)
-    """The standard deviation up to which the scores of a prompt hardly vary."""
+    """A prompt is flat if the standard deviation of its scores is at most this."""
     leave_out_flat: bool = False
 
     @property
     def has_source(self) -> bool:
-        """True if something gives scores; otherwise they are the row's."""
+        """True if the recipe names a source of scores; otherwise the rows have them."""
         return bool(self.checker or self.reward or self.judges)
 
     @model_validator(mode="after")
@@ -132,16 +124,16 @@ class BuildConfig(Recipe):
     candidates: tuple[ModelConfig, ...] = ()
     """`judged`: further models whose answers compete with the target's."""
     scores: ScoresConfig | None = None
-    """`judged`: what scores the answers, and which two become a pair. Absent: the row's scores, or a judge."""
+    """`judged`: choose pairs by scores. Absent: by the scores of the row, or by the judge."""
     filters: Mapping[str, bool | Mapping[str, Any]] = {}
     balance: BalanceConfig | None = None
     budget: BudgetConfig | None = None
-    """The most that may be spent, resumed runs and retries included: {money: 20} or {tokens: 5000000}."""
+    """The spending limit, including resumed runs and retries: {money: 20} or {tokens: 5000000}."""
     accept: int | None = Field(default=None, ge=1)
     """Stop at exactly this many pairs: the first in the order of the prompts."""
     concurrency: int = Field(default=64, ge=1)
     attempts: int = Field(default=6, ge=1)
-    """Tries of a request that gets no answer (server errors, timeouts, broken connections)."""
+    """Attempts for a request that gets no answer (server errors, timeouts, broken connections)."""
     seed: int = 0
     limit: int | None = Field(default=None, ge=1)
     test_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -149,47 +141,43 @@ class BuildConfig(Recipe):
     out: Location
 
     @model_validator(mode="after")
-    def _roles_fit(self) -> BuildConfig:
+    def _keys_fit(self) -> BuildConfig:
         make_filters(self.filters)
-        if self.ledger and (self.ledger.is_url or self.out.is_url):
-            raise ValueError("ledger is a file of this machine, and cannot go with URLs; remove it: out has its own")
-        used = _PIPELINES[self.pipeline]
-        if self.filters.get("gap") and self.pipeline != "judged":
-            raise ValueError(f"filter gap needs scores, and the pipeline {self.pipeline!r} has none; remove it")
-        for role in _ROLES:
-            if getattr(self, role) is not None and role not in used:
-                raise ValueError(f"{role} is not used by the pipeline {self.pipeline!r}; remove it")
-        if "stronger" in used and self.stronger is None and "stronger" not in self.prompts.columns:
-            raise ValueError(
-                f"the pipeline {self.pipeline!r} needs stronger, a model; or its answers: prompts.columns.stronger"
-            )
-        for key in ("candidates", "scores"):
-            if getattr(self, key) and self.pipeline != "judged":
-                raise ValueError(f"{key} is not used by the pipeline {self.pipeline!r}; remove it")
-        if self.candidates and self.target is None:
-            raise ValueError("candidates compete with the target's answers, and there is no target; add it")
-        if self.pipeline == "judged" and self.target and self.samples * len(self.answerers) < 2:
-            raise ValueError("samples: 1 of one model leaves nothing to compare; give more samples, or candidates")
-        if self.judge and self.scores:
-            raise ValueError("judge compares two answers, and scores decides without it; remove one of them")
-        modes = [model.chat_template_kwargs for model in (self.weaker, self.stronger) if model]
-        if self.pipeline == "delta" and any(mode != modes[0] for mode in modes):
-            raise ValueError(
-                "weaker and stronger differ in chat_template_kwargs, and a pair has one mode; make them equal"
-            )
-        if self.balance and self.accept:
-            raise ValueError(
-                "balance leaves pairs out when all are made, so accept cannot count them; remove accept, and use limit"
-            )
-        if self.balance and self.tokenizer is None:
-            raise ValueError(
-                "balance counts tokens and no model is named by path; give balance.tokenizer, the folder of the model "
-                "that you will train"
-            )
-        if self.pipeline == "revised" and self.reviser is None:
-            raise ValueError("the pipeline 'revised' needs reviser")
-        if self.pipeline != "judged" and self.samples != type(self).model_fields["samples"].default:
-            raise ValueError("samples is not used by this pipeline; remove it")
+        name, used = self.pipeline, _PIPELINES[self.pipeline]
+        for key in (*_ROLES, "samples", "candidates", "scores"):
+            if key not in used and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is not used by the pipeline {name!r}; remove it")
+        template_options = [model.chat_template_kwargs for model in (self.weaker, self.stronger) if model]
+        mistakes = {
+            "ledger is a file of this machine, and cannot go with URLs; remove it: out has its own": (
+                self.ledger and (self.ledger.is_url or self.out.is_url)
+            ),
+            f"filter gap needs scores, and the pipeline {name!r} has none; remove it": (
+                self.filters.get("gap") and name != "judged"
+            ),
+            "the pipeline 'revised' needs reviser": name == "revised" and self.reviser is None,
+            f"the pipeline {name!r} needs stronger, a model; or its answers: prompts.columns.stronger": (
+                "stronger" in used and self.stronger is None and "stronger" not in self.prompts.columns
+            ),
+            "weaker and stronger differ in chat_template_kwargs, and a pair has one mode; make them equal": (
+                name == "delta" and any(options != template_options[0] for options in template_options)
+            ),
+            "candidates compete with the target's answers, and there is no target; add it": (
+                self.candidates and self.target is None
+            ),
+            "samples: 1 of one model leaves nothing to compare; give more samples, or candidates": (
+                name == "judged" and self.target and self.samples * len(self.answerers) < 2
+            ),
+            "judge compares two answers, and scores decides without it; remove one of them": self.judge and self.scores,
+            "balance leaves pairs out when all are made, so accept cannot count them; remove accept, and use limit": (
+                self.balance and self.accept
+            ),
+            "balance counts tokens and no model is named by path; give balance.tokenizer, the folder of the model that "
+            "you will train": self.balance and self.tokenizer is None,
+        }
+        for message, is_mistake in mistakes.items():
+            if is_mistake:
+                raise ValueError(message)
         return self
 
     @property
@@ -214,23 +202,23 @@ class BuildConfig(Recipe):
 
     @property
     def answerer(self) -> str:
-        """The role whose answers are rejected, or compared."""
+        """The role whose answers are rejected or compared."""
         return _PIPELINES[self.pipeline][0]
 
     @property
     def answerers(self) -> list[str]:
-        """All roles whose answers are compared; those of other pipelines have one."""
+        """All roles whose answers are rejected or compared."""
         return [self.answerer, *(f"candidate_{n}" for n, _ in enumerate(self.candidates, 1))]
 
     @property
     def template_options(self) -> Mapping[str, Any] | None:
-        """The variables of the chat template that each pair gets: those of the model that answers."""
+        """The chat template variables that each pair stores: those of the answering model."""
         model = getattr(self, self.answerer) or (self.stronger if self.pipeline == "delta" else None)
         return model and model.chat_template_kwargs
 
     @property
     def tokenizer(self) -> str | None:
-        """The folder or hub name of the tokenizer that balances lengths, if the recipe names one."""
+        """The folder or hub name of the tokenizer that counts for `balance`, if there is one."""
         paths = (model.path for model in self.models.values() if model.path)
         return self.balance and (self.balance.tokenizer or next(paths, None))
 
@@ -258,8 +246,7 @@ def redacted(config: BuildConfig) -> dict[str, Any]:
 
 
 HASHES = ("template_sha256", "not_in_sha256", "scorer_sha256")
-"""Keys of an output's recipe that no recipe has: hashes of the files that the recipe names by path."""
-
+"""Keys that only recorded recipes have: hashes of the files that the recipe names by path."""
 
 MAY_CHANGE = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
 """Keys that do not affect the dataset's content."""
@@ -268,7 +255,7 @@ MAY_CHANGE = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "bu
 def changed_content_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The dotted keys in which two recorded recipes differ and that determine the dataset's content.
 
-    A hash that one of them lacks is no difference: an older version did not record it.
+    A hash that only one of them has is not a difference: an older version did not record it.
     """
     keys = changed_keys(content_settings(old, MAY_CHANGE), content_settings(new, MAY_CHANGE))
     return [key for key in keys if not key.endswith(HASHES) or all(_nested_value(recipe, key) for recipe in (old, new))]

@@ -1,4 +1,4 @@
-"""A local reward model: any sequence classifier of transformers, whose output for a conversation is its score."""
+"""Score answers by a local reward model: any sequence classifier of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clair.inference.model_folder import REMEDY
 
 
 class RewardModel:
-    """Scores answers one at a time, without padding, so that a score does not depend on other answers."""
+    """A reward model that scores answers one at a time, without padding: a score does not depend on other answers."""
 
     def __init__(self, config: RewardConfig) -> None:
         self._label = check_reward(config)
@@ -26,7 +26,7 @@ class RewardModel:
         self._loaded: Any = None
 
     async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[list[float]]:
-        """One list with the scores of the answers. Drops the row if one is too long, or its score no number."""
+        """Return one list with the scores. Drops the row if an answer is too long or a score is not finite."""
         return [await asyncio.get_running_loop().run_in_executor(self._thread, self._score, prompt, answers)]
 
     async def close(self) -> None:
@@ -62,7 +62,9 @@ class RewardModel:
         for answer in answers:
             inputs = _encode(tokenizer, prompt, answer)
             if (length := inputs["input_ids"].shape[1]) > longest:
-                raise Dropped("reward", "too_long", f"prompt and answer have {length} tokens, and it reads {longest}")
+                raise Dropped(
+                    "reward", "too_long", f"prompt and answer have {length} tokens; the model reads {longest}"
+                )
             with torch.no_grad():
                 logits = model(**inputs.to(model.device)).logits[0].float()
             score = float(logits[0] if self._label is None else logits.softmax(-1)[self._label])
@@ -73,7 +75,7 @@ class RewardModel:
 
 
 def _encode(tokenizer: Any, prompt: Prompt, answer: Answer) -> Any:
-    """The conversation by the chat template; without one, prompt and answer as two segments."""
+    """Encode the conversation by the chat template or, without one, prompt and answer as two segments."""
     if not tokenizer.chat_template:
         return tokenizer(task_text(prompt.messages, prompt.tools), message_text(answer.message()), return_tensors="pt")
     turns = [*prompt.messages, answer.message()]
@@ -82,10 +84,7 @@ def _encode(tokenizer: Any, prompt: Prompt, answer: Answer) -> Any:
 
 
 def check_reward(config: RewardConfig) -> int | None:
-    """Check the folder of a reward model, and return the index of `label`, or None for a single output.
-
-    Raises UserError.
-    """
+    """Check a reward model's folder. Return the index of `label`, or None for a single output. Raises UserError."""
     folder = Path(config.path)
     if (folder / "reward.json").is_file():
         raise UserError(
@@ -98,8 +97,8 @@ def check_reward(config: RewardConfig) -> int | None:
     architecture = next(iter(facts.get("architectures") or ()), "a model without a name")
     if not architecture.endswith("ForSequenceClassification"):
         raise UserError(
-            f"scores.reward {folder} is {architecture}, which gives no scores; give a sequence classifier "
-            f"(...ForSequenceClassification)"
+            f"scores.reward {folder} is {architecture}, which gives no scores; give a folder of a "
+            f"...ForSequenceClassification"
         )
     labels = facts.get("id2label") or {str(n): f"LABEL_{n}" for n in range(facts.get("num_labels", 2))}
     return _label_index(folder, config.label, labels)

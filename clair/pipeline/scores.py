@@ -1,7 +1,7 @@
-"""Scores of answers, and the pair that they choose: best against worst, or a margin with a floor on the winner.
+"""Score the answers to a prompt, and choose a pair by the scores: best against worst, or by a margin and a floor.
 
-Scores come from a checker, a reward model, pointwise judges, or the prompt's row. Every scorer gives one list of scores
-for each judge; the mean over judges counts.
+Scores come from a checker, a reward model, judges with a rubric, or the prompt's row. Each source returns one list of
+scores per judge; the score of an answer is the mean over judges.
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ from clair.pipeline.steps import ScoreJudge, best_and_worst_index, gather_all, s
 
 
 class ScoreSource(Protocol):
-    """Gives scores to the answers of a prompt."""
+    """A checker, a reward model, or judges."""
 
     async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[list[float]]:
-        """The scores of the answers by each judge, [J, N]. Raises Dropped."""
+        """Return the scores of the answers by each judge, [J, N]. Raises Dropped."""
         ...
 
     async def close(self) -> None:
-        """Free what it holds."""
+        """Free processes or weights."""
         ...
 
 
 @dataclass(frozen=True)
 class Judges:
-    """Models that each give every answer a score by a rubric."""
+    """Models that give each answer a score by a rubric, one answer per request."""
 
     judges: Sequence[ScoreJudge]
 
     async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[list[float]]:
-        """The scores of the answers by each judge, [J, N]. Drops the row if a reply has no readable score."""
+        """Return the scores of the answers by each judge, [J, N]. Drops the row if a reply has no readable score."""
         texts = [message_text(answer.message()).strip() for answer in answers]
         scores = await gather_all(*(score_once(prompt, text, judge) for judge in self.judges for text in texts))
         return [scores[start : start + len(texts)] for start in range(0, len(scores), len(texts))]
 
     async def close(self) -> None:
-        """Nothing to free: the run closes its models."""
+        """Do nothing: the run closes its models."""
 
 
 @dataclass
 class Scoring:
-    """The scorer of a recipe, None for scores of the rows, its choice of a pair, and counts over all prompts."""
+    """The choice of pairs by scores, with counts over all prompts. `scorer` is None if the rows have the scores."""
 
     config: ScoresConfig
     scorer: ScoreSource | None = None
     judges: tuple[str, ...] = ()
     """The names of the judges' models, if there are several."""
     prompts: int = 0
+    """Prompts whose answers all have scores."""
     flat: int = 0
-    """Prompts whose scores hardly vary."""
     shares: dict[tuple[int, int], list[float]] = field(default_factory=dict)
-    """By two judges: the share of pairs of answers of each prompt on whose order they agree."""
+    """The agreement of two judges, by their indices: one number per prompt."""
 
     async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
-        """The mean score of each answer over all judges. Raises Dropped."""
+        """Return the score of each answer, its mean over all judges. Raises Dropped."""
         assert self.scorer is not None
         by_judge = await self.scorer.score(prompt, answers)
         for pair in combinations(range(len(by_judge)), 2):
@@ -72,12 +72,12 @@ class Scoring:
         return [fmean(scores) for scores in zip(*by_judge, strict=True)]
 
     def choose(self, scores: Sequence[float]) -> tuple[int, int]:
-        """The indices of winner and loser. Raises Dropped if the scores make no pair.
+        """Return the indices of winner and loser. Raises Dropped if the scores allow no pair.
 
-        With a margin, the winner has the highest score that leaves a loser within the margin, and the loser is the one
-        furthest below it.
+        With a margin, the winner is the best answer that has a loser within the margin, and the loser is the worst
+        answer within it.
         """
-        config = self.config
+        config, margin = self.config, self.config.margin
         if not any(map(math.isnan, scores)):
             self.prompts += 1
             if (spread := pstdev(scores)) <= config.flat:
@@ -85,15 +85,16 @@ class Scoring:
                 if config.leave_out_flat:
                     raise Dropped("scores", "flat", f"the scores of {len(scores)} answers vary by {spread:g}")
         best, worst = best_and_worst_index(scores)
-        if config.floor is not None and scores[best] < config.floor:
+        floor = -math.inf if config.floor is None else config.floor
+        if scores[best] < floor:
             raise Dropped("scores", "floor", f"the best answer has the score {scores[best]:g}")
-        if config.margin is None:
+        if margin is None:
             return best, worst
-        floor, margin = -math.inf if config.floor is None else config.floor, config.margin
+        most = math.inf if margin.most is None else margin.most
         fitting = [
             (scores[winner], scores[winner] - scores[loser], -winner, -loser)
             for winner, loser in permutations(range(len(scores)), 2)
-            if scores[winner] >= floor and margin.least <= scores[winner] - scores[loser] <= margin.most
+            if scores[winner] >= floor and margin.least <= scores[winner] - scores[loser] <= most
         ]
         if not fitting:
             raise Dropped("scores", "margin", f"no two of the scores {', '.join(f'{s:g}' for s in scores)} fit")
@@ -101,12 +102,12 @@ class Scoring:
         return -winner, -loser
 
     def clear(self) -> None:
-        """Forget the counts, before another pass over the prompts."""
+        """Reset the counts before another pass over the prompts."""
         self.prompts = self.flat = 0
         self.shares.clear()
 
     def summary(self) -> dict[str, Any]:
-        """The counts for the manifest."""
+        """Return the counts for the manifest."""
         sums = [
             {
                 "judges": [self.judges[first], self.judges[second]],
@@ -120,7 +121,7 @@ class Scoring:
 
 
 def agreement(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The share of pairs of answers that two judges order alike, with a tie of one of them as 1/2.
+    """Return the share of pairs of answers that two judges put in the same order. A tie of one judge counts 1/2.
 
     None if both judges tie on every pair.
     """
@@ -136,18 +137,19 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def scores_summary(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The counts of several shards as one, with the mean agreement of each two judges and its 95 % interval."""
+def scores_summary(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add the counts of shards. Each two judges get their mean agreement over prompts and its 95 % interval."""
     agreements: dict[tuple[str, ...], dict[str, Any]] = {}
-    for number, entry in (item for part in parts for item in enumerate(part["agreement"])):
+    for number, entry in (item for summary in summaries for item in enumerate(summary["agreement"])):
         sums = agreements.setdefault((str(number), *entry["judges"]), {"judges": entry["judges"]})
         for name in ("prompts", "sum", "squares"):
             sums[name] = sums.get(name, 0) + entry[name]
     for sums in agreements.values():
-        n, mean = sums["prompts"], sums["sum"] / sums["prompts"]
-        variance = max(0.0, sums["squares"] / n - mean**2) * n / (n - 1) if n > 1 else math.nan
-        half = t_quantile(0.975, n - 1) * math.sqrt(variance / n) if n > 1 else math.nan
-        interval = [max(0.0, mean - half), min(1.0, mean + half)] if n > 1 else None
+        n, mean, interval = sums["prompts"], sums["sum"] / sums["prompts"], None
+        if n > 1:
+            variance = max(0.0, sums["squares"] / n - mean**2) * n / (n - 1)
+            half = t_quantile(0.975, n - 1) * math.sqrt(variance / n)
+            interval = [max(0.0, mean - half), min(1.0, mean + half)]
         sums |= {"share": mean, "ci95": interval}
-    totals = {name: sum(part[name] for part in parts) for name in ("prompts", "flat")}
+    totals = {name: sum(summary[name] for summary in summaries) for name in ("prompts", "flat")}
     return {**totals, "agreement": list(agreements.values())}

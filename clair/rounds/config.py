@@ -1,10 +1,9 @@
-"""The recipe of several rounds, and what it needs of the recipes that it names."""
+"""The recipe of `clair iterate`, and the three recipes that it names."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +17,9 @@ from clair.inference.config import content_settings
 from clair.pipeline.config import MAY_CHANGE, BuildConfig, redacted
 from clair.storage.location import local
 
-_STOP_KEYS = ("rounds", "stop", "out")
-
 
 class EvaluateConfig(Recipe):
-    """`evaluate:` of the rounds: one kind of `apo eval`, and its recipe."""
+    """`evaluate:` of the rounds: a subcommand of `apo eval` and its recipe."""
 
     winrate: str | None = None
     ifeval: str | None = None
@@ -36,7 +33,7 @@ class EvaluateConfig(Recipe):
 
     @property
     def kind(self) -> str:
-        """The command of `apo eval`."""
+        """The subcommand of `apo eval`."""
         (kind,) = self.model_fields_set
         return kind
 
@@ -50,21 +47,25 @@ class IterateConfig(Recipe):
     """The recipe of several rounds. See docs/rounds.md."""
 
     rounds: int = Field(default=3, ge=1)
-    """The most rounds."""
+    """The maximum number of rounds."""
     build: str
     """The data recipe of the first round."""
     train: str
-    """The training recipe; its `model` and `dataset` are those of the round."""
+    """The training recipe. Each round replaces `model`, `dataset` and `out`."""
     evaluate: EvaluateConfig
     stop: Literal["no_gain", "never"] = "no_gain"
-    """`no_gain`: end after a round whose gain has an interval that does not lie above 0."""
+    """`no_gain`: stop after the first round whose gain does not have an interval above 0."""
     out: str
 
 
-class TrainRecipe(Recipe):
-    """The keys of a training recipe that rounds depend on. `apo train` checks the others."""
+class ApoRecipe(Recipe):
+    """A recipe whose keys `apo` checks."""
 
     model_config = ConfigDict(extra="allow")
+
+
+class TrainRecipe(ApoRecipe):
+    """A training recipe, with the keys that the rounds use."""
 
     model: str
     dataset: Any = None
@@ -72,26 +73,19 @@ class TrainRecipe(Recipe):
     lora: Any = None
 
 
-class EvaluationRecipe(Recipe):
-    """The recipe of an evaluation, which `apo eval` checks."""
-
-    model_config = ConfigDict(extra="allow")
-
-
 @dataclass(frozen=True, slots=True)
 class Recipes:
-    """The recipes of the rounds, read and checked as far as this package knows them."""
+    """The three recipes of the rounds."""
 
     build: BuildConfig
     train: TrainRecipe
-    evaluate: EvaluationRecipe
+    evaluate: ApoRecipe
 
     def content(self, config: IterateConfig) -> dict[str, dict[str, Any]]:
-        """What determines the results, by recipe, without secrets: recorded in the output and compared with it."""
-        settings = {key: value for key, value in resolved(config).items() if key not in _STOP_KEYS}
+        """Return the keys that determine the results, by recipe, without secrets. The output records them."""
         return without_secrets(
             {
-                "rounds": {"evaluate": settings["evaluate"]},
+                "rounds": {"evaluate": resolved(config)["evaluate"]},
                 "build": content_settings(redacted(self.build), MAY_CHANGE),
                 "train": resolved(self.train),
                 "evaluate": content_settings(resolved(self.evaluate), MAY_CHANGE),
@@ -100,41 +94,35 @@ class Recipes:
 
 
 def read_recipes(config: IterateConfig) -> Recipes:
-    """Read the recipes that `config` names. Raises UserError for a mistake, and where rounds cannot use them."""
+    """Read the recipes that `config` names. Raises UserError for a mistake, or if rounds cannot use a recipe."""
     local(Path(config.out))
     first_pairs = text_override("out", str(Path(config.out) / "round-1" / "pairs"))
     recipes = Recipes(
         load_recipe(BuildConfig, config.build, [first_pairs]),
         load_recipe(TrainRecipe, config.train),
-        load_recipe(EvaluationRecipe, config.evaluate.recipe),
+        load_recipe(ApoRecipe, config.evaluate.recipe),
     )
     train, target = recipes.train, recipes.build.target
-    if recipes.build.answerer != "target":
-        raise UserError(
-            f"{config.build}: in the pipeline {recipes.build.pipeline!r} the trained model gives no answers, so that a "
-            f"further round would have the same pairs; choose revised, judged or stronger"
-        )
-    if train.by is not None:
-        raise UserError(f"{config.train}: by trains a model for each group, and a round has one model; leave it out")
-    if isinstance(train.dataset, list) and len(train.dataset) > 1:
-        raise UserError(
-            f"{config.train}: dataset has {len(train.dataset)} sources, and a round trains on its own pairs alone; "
-            f"leave all but one out"
-        )
-    if target and target.path is not None and os.path.realpath(target.path) != os.path.realpath(train.model):
-        raise UserError(
-            f"{config.build}: target.path is {target.path} and {config.train} trains {train.model}; the model that "
-            f"answers is the one that is trained: give both the same folder"
-        )
+    sources = len(train.dataset) if isinstance(train.dataset, list) else 1
+    answering = target and target.path
+    mistakes = {
+        f"{config.build}: in the pipeline {recipes.build.pipeline!r} the trained model gives no answers, so all rounds "
+        f"would have the same pairs; choose revised, judged or stronger": recipes.build.answerer != "target",
+        f"{config.train}: by trains a model for each group, and a round has one model; remove it": train.by is not None,
+        f"{config.train}: dataset has {sources} sources, and a round trains only on its own pairs; keep one of them": (
+            sources > 1
+        ),
+        f"{config.build}: target.path is {answering} and {config.train} trains {train.model}, but the model that "
+        f"answers is the one that is trained: give both the same folder": (
+            answering is not None and os.path.realpath(answering) != os.path.realpath(train.model)
+        ),
+    }
+    for message, is_mistake in mistakes.items():
+        if is_mistake:
+            raise UserError(message)
     return recipes
 
 
 def override(key: str, value: Any) -> tuple[str, str]:
-    """The arguments that set a key of a recipe to a text, a number or a mapping."""
+    """Return the arguments that set a key of a recipe to text, a number or a mapping."""
     return "--set", text_override(key, value) if isinstance(value, str | Path) else f"{key}={json.dumps(value)}"
-
-
-def changeable(build: BuildConfig) -> Mapping[str, Any]:
-    """The values of the data recipe's own limits, which hold in every round."""
-    values = build.model_dump(mode="json", exclude_defaults=True)
-    return {key: values[key] for key in sorted(MAY_CHANGE - {"out", "ledger"}) if key in values}

@@ -1,16 +1,17 @@
-"""The phases of each round: a command, the folder that it writes, and whether it is done."""
+"""The phases of a round: each is a command with its output folder and its result file."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clair.core.files import read_json
+from clair.pipeline.config import MAY_CHANGE
 from clair.pipeline.export import next_round
-from clair.rounds.config import IterateConfig, Recipes, changeable, override
+from clair.rounds.config import IterateConfig, Recipes, override
 
 _RESULTS = {"winrate": "winrate.json", "ifeval": "score.json", "mixeval": "score.json"}
 CLAIR, APO = (sys.executable, "-m", "clair.cli"), (sys.executable, "-m", "apo.cli")
@@ -18,7 +19,7 @@ CLAIR, APO = (sys.executable, "-m", "clair.cli"), (sys.executable, "-m", "apo.cl
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One command of a round. It is done if the file `result` exists and has a value under the key `finished`."""
+    """A command of a round. It is complete if the file `result` exists and has a value under the key `finished`."""
 
     round: int
     name: str
@@ -27,11 +28,11 @@ class Phase:
     result: Path
     finished: str | None = None
     allowed: tuple[int, ...] = field(default=(0,))
-    """Exit codes after which the round goes on."""
+    """Exit codes after which the round continues."""
 
     @property
-    def is_done(self) -> bool:
-        """True if its result is there."""
+    def is_complete(self) -> bool:
+        """True if the command has written its result."""
         if self.finished is None or not self.result.is_file():
             return self.result.exists()
         return read_json(self.result).get(self.finished) is not None
@@ -51,24 +52,24 @@ class Rounds:
     recipes: Recipes
 
     def folder(self, number: int) -> Path:
-        """The folder of a round; round 0 is the model before the first one."""
+        """Return the folder of a round. Round 0 is the untrained model."""
         return Path(self.config.out) / f"round-{number}"
 
     def model(self, number: int) -> str:
-        """The model of a round: the trained one, or an adapter merged into the model below it."""
+        """Return the model that a round trains; an adapter is merged into its base model."""
         name = "merged" if self.recipes.train.lora else "model"
         return str(self.folder(number) / name) if number else self.recipes.train.model
 
     def evaluation(self, number: int) -> Path:
-        """The result folder of a round's evaluation."""
+        """Return the result folder of a round's evaluation."""
         return self.folder(number) / self.config.evaluate.kind
 
     def build_recipe(self, number: int) -> str:
-        """The data recipe of a round; `prepare` writes those of later rounds."""
+        """Return the data recipe of a round. `prepare` writes that of a later round."""
         return self.config.build if number == 1 else str(self.folder(number) / "pairs.yaml")
 
     def prepare(self, number: int) -> None:
-        """Write recipe and prompts of a later round's build, as `clair next` does, unless they are there."""
+        """Write recipe and prompts of a later round's build, as `clair next` does, unless they exist."""
         recipe, pairs = Path(self.build_recipe(number)), self.folder(number) / "pairs"
         if recipe.is_file():
             return
@@ -76,7 +77,7 @@ class Rounds:
         next_round(self.folder(number - 1) / "pairs", self.model(number - 1), pairs)
 
     def phases(self, number: int) -> Iterator[Phase]:
-        """The phases of a round in their order. Round 0 has one if the evaluation scores each model by itself."""
+        """Yield the phases of a round in order. Round 0 has one if the evaluation scores a model by itself."""
         folder, kind = self.folder(number), self.config.evaluate.kind
         if number:
             yield self._build(number)
@@ -94,18 +95,20 @@ class Rounds:
             yield Phase(number, "compare", command, compared, compared / "compare.json")
 
     def _build(self, number: int) -> Phase:
-        out = self.folder(number) / "pairs"
-        limits = [word for key, value in changeable(self.recipes.build).items() for word in override(key, value)]
+        out, build = self.folder(number) / "pairs", self.recipes.build
         # One ledger for all rounds: a reviser is not paid again for an answer that training has not changed.
-        ledger = override("ledger", str(self.recipes.build.ledger or Path(self.config.out) / "pairs.sqlite"))
-        limits = limits if number > 1 else []
-        command = (*CLAIR, "build", self.build_recipe(number), "--out", str(out), *ledger, *limits)
+        settings = {"ledger": str(build.ledger or Path(self.config.out) / "pairs.sqlite")}
+        if number > 1:  # the limits of the first recipe hold in every round
+            values = build.model_dump(mode="json", exclude_defaults=True)
+            settings |= {key: values[key] for key in sorted(MAY_CHANGE - {"out", "ledger"}) if key in values}
+        sets = (argument for key, value in settings.items() for argument in override(key, value))
+        command = (*CLAIR, "build", self.build_recipe(number), "--out", str(out), *sets)
         return Phase(number, "build", command, out, out / "manifest.json", allowed=(0, 3))
 
     def _train(self, number: int, pairs: Path | None = None) -> Phase:
-        folder = self.folder(number)
-        out = folder / "model"
-        model, dataset = override("model", self.model(number - 1)), override("dataset", pairs or folder / "pairs")
+        out = self.folder(number) / "model"
+        model = override("model", self.model(number - 1))
+        dataset = override("dataset", pairs or self.folder(number) / "pairs")
         command = (*APO, "train", self.config.train, *model, *dataset, "--out", str(out))
         return Phase(number, "train", command, out, out / "run.json", finished="finished")
 
@@ -114,17 +117,16 @@ class Rounds:
         models = {"model.path": tuned}
         if kind == "winrate":
             models = {"base.path": self.model(number - 1), "tuned.path": tuned}
-        # One ledger for all rounds: the answers of a model to the same prompts are generated once.
+        # One ledger for all rounds: a model answers the same prompts only once.
         settings = models | {"ledger": str(Path(self.config.out) / "evaluation.sqlite")}
-        words = (word for key, value in settings.items() for word in override(key, value))
-        command = (*APO, "eval", kind, self.config.evaluate.recipe, *words, "--out", str(out))
+        sets = (argument for key, value in settings.items() for argument in override(key, value))
+        command = (*APO, "eval", kind, self.config.evaluate.recipe, *sets, "--out", str(out))
         finished = "win_rate" if kind == "winrate" else None
         return Phase(number, "evaluate", command, out, out / _RESULTS[kind], finished)
 
     def checks(self, pairs: Path) -> Iterator[Phase]:
-        """Training and evaluation of the first round with `--dry-run`: on the pairs in a file, and the base model."""
-        # A win rate refuses to compare a model with itself: the same folder under another name.
+        """Yield training and evaluation of the first round with `--dry-run`, on `pairs` and the untrained model."""
+        # A win rate refuses to compare a model with itself: give the same folder under another name.
         evaluated = f"{self.model(0)}/." if self.config.evaluate.kind == "winrate" else self.model(0)
         for phase in (self._train(1, pairs), self._evaluate(1, evaluated)):
-            command = (*phase.command, "--dry-run")
-            yield Phase(1, phase.name, command, phase.out, phase.result)
+            yield replace(phase, command=(*phase.command, "--dry-run"))

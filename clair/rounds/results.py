@@ -1,9 +1,9 @@
-"""The results of the rounds: one row a round, the table, the picture, and the rule that ends them."""
+"""The results of the rounds: numbers, table, plot, and the stop rule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ PICTURE = "rounds.png"
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """The numbers of a round. `gain` and `score` are shares; `gain` is against the model of the round before."""
+    """The numbers of a round, as shares. `gain` is the difference from the model of the previous round."""
 
     round: int
     model: str
@@ -30,19 +30,15 @@ class RoundResult:
     steps: int
     gain: float
     gain_ci95: Sequence[float] | None
-    """None if there are too few prompts, or no answer that differs."""
+    """None if there are too few prompts, or if no answers differ."""
     score: float | None
     score_ci95: Sequence[float] | None
     seconds: Mapping[str, float]
 
     @property
     def is_gain(self) -> bool:
-        """True if the interval of the gain lies above 0."""
+        """True if the gain counts: its interval lies above 0."""
         return self.gain_ci95 is not None and self.gain_ci95[0] > 0
-
-    def row(self) -> dict[str, Any]:
-        """The content of rounds.json."""
-        return asdict(self)
 
 
 def read_round(rounds: Rounds, number: int) -> RoundResult:
@@ -67,11 +63,11 @@ def read_round(rounds: Rounds, number: int) -> RoundResult:
 
 
 def _evaluated(rounds: Rounds, number: int) -> tuple[float, Any, float | None, Any, float]:
-    """Gain and score of a round, each with its interval, and the seconds of the evaluation."""
+    """Return gain and score of a round, each with its interval, and the seconds of the evaluation."""
     if rounds.config.evaluate.kind == "winrate":
         result = read_json(rounds.evaluation(number) / "winrate.json")
         rate = result["win_rate"]
-        interval = rate["ci95"] and [end - 0.5 for end in rate["ci95"]]
+        interval = rate["ci95"] and [limit - 0.5 for limit in rate["ci95"]]
         return rate["mean"] - 0.5, interval, None, None, result["seconds"]
     overall = read_json(rounds.folder(number) / "compare" / "compare.json")["parts"][0]["tuned"][0]
     seconds = read_json(rounds.evaluation(number) / "score.json").get("seconds") or 0.0
@@ -79,29 +75,31 @@ def _evaluated(rounds: Rounds, number: int) -> tuple[float, Any, float | None, A
 
 
 def stop_reason(result: RoundResult, stop: str) -> str | None:
-    """Why no further round follows, by the stop rule; None if one may."""
+    """Return why no further round follows, or None if the stop rule allows one."""
     if stop == "never" or result.is_gain:
         return None
     if result.gain_ci95 is None:
-        return f"round {result.round} has no interval of its gain (too few prompts or no difference), so it shows none"
-    return f"the gain of round {result.round}, {_points(result)} points, may be none by its interval"
+        return (
+            f"the gain of round {result.round} does not count: it has no interval (too few prompts, or no difference)"
+        )
+    return f"the gain of round {result.round}, {_points(result)} points, does not count: its interval is not above 0"
 
 
 def best_model(results: Sequence[RoundResult], base: str) -> str:
-    """The model of the last round with a gain that its interval shows; without one the base model."""
+    """Return the model of the last round whose gain counts, or the base model."""
     return next((result.model for result in reversed(results) if result.is_gain), base)
 
 
 def _points(result: RoundResult) -> str:
     interval = result.gain_ci95
-    ends = f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]" if interval else "no interval"
-    return f"{100 * result.gain:+.1f} {ends}"
+    limits = f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]" if interval else "no interval"
+    return f"{100 * result.gain:+.1f} {limits}"
 
 
 def table(results: Sequence[RoundResult]) -> Table:
-    """The rounds, one line each, the gains in points with 95 % intervals."""
+    """Return a table with a line per round. Gains are in points with 95 % intervals."""
     scored, paid = any(result.score is not None for result in results), any(result.cost for result in results)
-    columns = ("round", "pairs", "dropped", "steps", "gain over the round before", "time")
+    columns = ("round", "pairs", "dropped", "steps", "gain over the previous round", "time")
     view = Table(*columns, *(["score, %"] if scored else []), *(["cost"] if paid else []))
     for result in results:
         dropped = f"{result.dropped:,}" + (f" ({result.failed:,} failed)" if result.failed else "")
@@ -114,7 +112,7 @@ def table(results: Sequence[RoundResult]) -> Table:
 
 
 def draw(results: Sequence[RoundResult], path: Path) -> None:
-    """Plot the gain of each round with its interval, and the pairs that it was trained on."""
+    """Plot the gain of each round with its interval, and the number of pairs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -126,10 +124,10 @@ def draw(results: Sequence[RoundResult], path: Path) -> None:
     for result in results:
         interval = result.gain_ci95 or (result.gain, result.gain)
         color = "#1b7f79" if result.is_gain else "#6b7280"
-        gains.plot([result.round] * 2, [100 * end for end in interval], color=color, linewidth=1.9)
+        gains.plot([result.round] * 2, [100 * limit for limit in interval], color=color, linewidth=1.9)
         gains.plot(result.round, 100 * result.gain, "o", color=color, markersize=5)
     gains.axhline(0, color="#6b7280", linewidth=0.8, linestyle=(0, (2, 3)))
-    gains.set_title("Gain over the round before, points", loc="left", fontsize=10)
+    gains.set_title("Gain over the previous round, points", loc="left", fontsize=10)
     pairs.bar(numbers, [result.pairs for result in results], color="#c8553d", width=0.5)
     pairs.set_title("Pairs", loc="left", fontsize=10)
     for axes in (gains, pairs):

@@ -1,4 +1,4 @@
-"""Run rounds of build, train and evaluate, from wherever an earlier run ended, until the stop rule ends them."""
+"""Run rounds of build, train and evaluate until the stop rule ends them, and resume rounds that were interrupted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,13 @@ from clair.rounds.phases import Phase, Rounds
 from clair.rounds.results import PICTURE, RoundResult, best_model, draw, read_round, stop_reason
 
 RECIPE, RESULT = "iterate.json", "rounds.json"
-_MADE_UP_PAIRS = 1000
-_MADE_UP_TOKENS = 128
-_MADE_UP = f"with two answers of {_MADE_UP_TOKENS} words, {_MADE_UP_PAIRS:,} prompts at most"
-_CHANGED = "rounds with another recipe"
+_DUMMY_PAIRS = 1000
+_DUMMY_WORDS = 128
+_DUMMY = f"with two answers of {_DUMMY_WORDS} words, {_DUMMY_PAIRS:,} prompts at most"
 
 
 class PhaseEnded(UserError):
-    """A command ended without a result; the message says what goes on. `exit_code` is the command's."""
+    """A command ended without a result. `exit_code` is the command's."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -52,96 +51,89 @@ class _RoundsEnd(PhaseEnded):
 
 @dataclass(frozen=True, slots=True)
 class IterateResult:
-    """Finished rounds: their numbers, why no further one follows, and the best model."""
+    """The finished rounds, why no further one follows, and the best model."""
 
     rounds: list[RoundResult]
-    ended: str
+    reason: str
     best: str
     exit_code: int = 0
-    """`EXIT_STOPPED` if training stopped itself, as at a guard's limit."""
+    """`EXIT_STOPPED` if training stopped because a check failed, such as a guard."""
 
 
 def open_rounds(config: IterateConfig) -> Rounds:
-    """Read all recipes and check that the output folder is theirs. Raises UserError."""
+    """Read all recipes, and check that the output folder belongs to them. Raises UserError."""
     rounds, out = Rounds(config, read_recipes(config)), Path(config.out)
     check_out_folder(out, "folder of rounds", (RECIPE,))
     if (out / RECIPE).is_file():
         recorded, recipes = read_json(out / RECIPE), rounds.recipes.content(config)
-        for name in _used(rounds):
-            changed = [f"{name}.{key}" for key in changed_keys(recorded[name], recipes[name])]
-            check_unchanged(str(out), _CHANGED, changed)
+        # Only a recipe that a complete phase has used must not change.
+        phases = (phase for number in range(config.rounds + 1) for phase in rounds.phases(number))
+        used = {phase.name for phase in phases if phase.is_complete}
+        for name in recipes:
+            if name in used or (used and name == "rounds"):
+                changed = [f"{name}.{key}" for key in changed_keys(recorded[name], recipes[name])]
+                check_unchanged(str(out), "rounds with another recipe", changed)
     return rounds
 
 
-def _used(rounds: Rounds) -> list[str]:
-    """The recipes that a finished phase has used, which must not change any more."""
-    done = {phase.name for phase in _all_phases(rounds) if phase.is_done}
-    return [*(name for name in ("build", "train", "evaluate") if name in done), *(["rounds"] if done else [])]
-
-
-def _all_phases(rounds: Rounds) -> Iterator[Phase]:
-    for number in range(rounds.config.rounds + 1):
-        yield from rounds.phases(number)
-
-
 def iterate(rounds: Rounds) -> IterateResult:
-    """Run what is not done yet. Raises PhaseEnded if a command ends without a result: run it again to go on."""
+    """Run all phases that are not complete. Raises PhaseEnded if a command ends without a result."""
     out = Path(rounds.config.out)
     with lock_output(out, GRACE_SECONDS):
         if not (out / RECIPE).is_file():
             check(rounds)
         write_json(out / RECIPE, rounds.recipes.content(rounds.config))
         results: list[RoundResult] = []
-        ended, exit_code = f"all {rounds.config.rounds} rounds are done", 0
+        reason, exit_code = None, 0
         try:
             for phase in rounds.phases(0):
                 _run(phase, rounds)
             for number in range(1, rounds.config.rounds + 1):
                 _run_round(rounds, number, results)
                 results.append(read_round(rounds, number))
-                _write(rounds, results, ended=None)
+                _write(rounds, results, None)
                 if reason := stop_reason(results[-1], rounds.config.stop):
-                    ended = reason
                     break
         except _RoundsEnd as end:
-            ended, exit_code = str(end), end.exit_code
-        _write(rounds, results, ended)
-    return IterateResult(results, ended, best_model(results, rounds.model(0)), exit_code)
+            reason, exit_code = str(end), end.exit_code
+        reason = reason or f"all {rounds.config.rounds} rounds are complete"
+        _write(rounds, results, reason)
+    return IterateResult(results, reason, best_model(results, rounds.model(0)), exit_code)
 
 
 def _run_round(rounds: Rounds, number: int, earlier: list[RoundResult]) -> None:
-    """Run the phases of a round. Raises _RoundsEnd if its build gave no pair to train on, or training stopped."""
+    """Run the phases of a round. Raises _RoundsEnd if the build gave no pair, or if a check stopped the training."""
     if number > 1:
         rounds.prepare(number)
     for phase in rounds.phases(number):
         if phase.name == "train" and not read_manifest(rounds.folder(number) / "pairs")["counts"]["train"]:
             raise _RoundsEnd(f"round {number} gave no pair to train on", 0)
         took = earlier[-1].seconds.get(phase.name) if earlier else None
-        _run(phase, rounds, f" ({duration(took)} in the round before)" if took else "")
+        _run(phase, rounds, f" ({duration(took)} in the previous round)" if took else "")
 
 
 def _run(phase: Phase, rounds: Rounds, note: str = "") -> None:
-    """Run a command whose result is missing. Its output goes where ours does, and it ends if this process does."""
-    if phase.is_done:
+    """Run a command that is not complete. It writes to our stdout and stderr, and ends if this process ends."""
+    if phase.is_complete:
         return
     print_line(f"round {phase.round} of {rounds.config.rounds}, {phase.name}{note}: {phase.shown}")
-    if phase.out.is_dir():  # the command of a run that was killed may hold the folder until it has ended
+    if phase.out.is_dir():  # the command of a killed run may hold the folder until it has ended
         with lock_output(phase.out, GRACE_SECONDS + 5):
             pass
     code = _wait(phase.command)
-    if code in phase.allowed and phase.is_done:
+    if code in phase.allowed and phase.is_complete:
         return
-    where = f"round {phase.round}, {phase.name}"
+    name = f"round {phase.round}, {phase.name}"
     if code == EXIT_INTERRUPTED:
-        raise PhaseEnded(f"{where} was interrupted; the same command goes on from there", code)
+        raise PhaseEnded(f"{name} was interrupted; run the same command to continue", code)
     if code == EXIT_STOPPED and phase.name == "train":
         stops = read_json(phase.result).get("stopped") if phase.result.is_file() else None
-        raise _RoundsEnd(f"{where} stopped itself: {stops[-1]['why'] if stops else 'see above'}", code)
-    raise PhaseEnded(f"{where} ended with exit code {code}, see above; the same command goes on from there", code or 1)
+        raise _RoundsEnd(f"{name} stopped because a check failed: {stops[-1]['why'] if stops else 'see above'}", code)
+    raise PhaseEnded(f"{name} ended with exit code {code}, see above; run the same command to continue", code or 1)
 
 
 def _wait(command: tuple[str, ...]) -> int:
-    """Run a command to its end and return its exit code. Ctrl-C and SIGTERM are passed on to it."""
+    """Run a command to its end and return its exit code. It receives our SIGINT (Ctrl-C) and SIGTERM."""
     process = WatchedProcess(command)
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(number, lambda received, _: process.send_signal(received)) for number in numbers]
@@ -153,54 +145,50 @@ def _wait(command: tuple[str, ...]) -> int:
         process.stop()
 
 
-def _write(rounds: Rounds, results: list[RoundResult], ended: str | None) -> None:
-    """Write rounds.json and the picture; `ended` is None while a further round may follow."""
+def _write(rounds: Rounds, results: list[RoundResult], reason: str | None) -> None:
+    """Write rounds.json and the plot. `reason` is None while a further round may follow."""
     out = Path(rounds.config.out)
-    rows, best = [result.row() for result in results], best_model(results, rounds.model(0))
+    rows, best = [asdict(result) for result in results], best_model(results, rounds.model(0))
     if results:
         draw(results, out / PICTURE)
-    settings = resolved(rounds.config)
-    write_json(
-        out / RESULT, {"format": 1, "rounds": rows, "ended": ended, "best": best, "recipe": settings, **provenance()}
-    )
+    values = {"format": 1, "rounds": rows, "ended": reason, "best": best, "recipe": resolved(rounds.config)}
+    write_json(out / RESULT, values | provenance())
 
 
 # ---- before any work
 
 
 def check(rounds: Rounds) -> dict[str, list[str]]:
-    """Check all recipes before a request is sent or a step is made; the notes of each command on its size.
+    """Check all recipes before any work. Returns what each `apo` command notes on its cost, by phase.
 
-    Training is planned on made-up pairs: each prompt of the build with two answers of `_MADE_UP_TOKENS` tokens.
-    Raises UserError.
+    Training is planned on dummy pairs: each prompt of the build with two answers of `_DUMMY_WORDS` words. Raises
+    UserError.
     """
     notes = {}
     with progress("checking", details=lambda: ["the recipes of build, train and evaluate"]):
         check_recipe(rounds.recipes.build)
-        with _made_up_pairs(rounds) as pairs:
+        with _dummy_pairs(rounds) as pairs:
             for phase in rounds.checks(pairs):
-                done = subprocess.run(phase.command, capture_output=True, text=True, check=False)  # noqa: S603
-                if done.returncode:
-                    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-                    problem = errors[-1].removeprefix("error: ") if errors else done.stderr[-2000:]
+                result = subprocess.run(phase.command, capture_output=True, text=True, check=False)  # noqa: S603
+                if result.returncode:
+                    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+                    problem = errors[-1].removeprefix("error: ") if errors else result.stderr[-2000:]
                     recipe = rounds.config.train if phase.name == "train" else rounds.config.evaluate.recipe
                     raise UserError(f"{recipe}: {problem}")
-                notes[phase.name] = [line for line in done.stdout.splitlines() if line.startswith("# ")]
+                notes[phase.name] = [line for line in result.stdout.splitlines() if line.startswith("# ")]
     return notes
 
 
 @contextmanager
-def _made_up_pairs(rounds: Rounds) -> Iterator[Path]:
+def _dummy_pairs(rounds: Rounds) -> Iterator[Path]:
     build = rounds.recipes.build
     prompts = (prompt for prompt, skip_reason in each_prompt(build.prompts, build.limit) if skip_reason is None)
     lines = []
-    for prompt in islice(prompts, _MADE_UP_PAIRS):
-        row: dict[str, Any] = {
-            "prompt": list(prompt.messages),
-            **({"tools": list(prompt.tools)} if prompt.tools else {}),
-        }
+    for prompt in islice(prompts, _DUMMY_PAIRS):
+        row: dict[str, Any] = {"prompt": list(prompt.messages)}
+        row |= {"tools": list(prompt.tools)} if prompt.tools else {}
         for side, word in (("chosen", "yes "), ("rejected", "no ")):
-            row[side] = [{"role": "assistant", "content": word * _MADE_UP_TOKENS}]
+            row[side] = [{"role": "assistant", "content": word * _DUMMY_WORDS}]
         lines.append(json.dumps(row) + "\n")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pairs.jsonl"
@@ -209,7 +197,7 @@ def _made_up_pairs(rounds: Rounds) -> Iterator[Path]:
 
 
 def plan_lines(rounds: Rounds) -> Iterator[str]:
-    """The recipe, the commands of each round, and what a round costs at most, as `--dry-run` prints them.
+    """Yield the lines of `--dry-run`: the recipe, the commands of each round, and the maximal cost of a round.
 
     A later round has no more prompts than the first. Raises UserError as `check` does.
     """
@@ -218,8 +206,8 @@ def plan_lines(rounds: Rounds) -> Iterator[str]:
     calls = ", ".join(f"{role} {of_role.max_calls:,}" for role, of_role in roles.items())
     for number in range(rounds.config.rounds + 1):
         for phase in rounds.phases(number):
-            yield f"# round {number}, {phase.name}{' (done)' if phase.is_done else ''}: {phase.shown}"
-        if number and all(phase.is_done for phase in rounds.phases(number)):
+            yield f"# round {number}, {phase.name}{' (complete)' if phase.is_complete else ''}: {phase.shown}"
+        if number and all(phase.is_complete for phase in rounds.phases(number)):
             result = read_round(rounds, number)
             cost = ", ".join(f"{role} {money}" for role, money in result.cost.items()) or "no price"
             yield f"#   was {result.pairs:,} pairs, {duration(sum(result.seconds.values()))}, cost: {cost}"
@@ -227,5 +215,5 @@ def plan_lines(rounds: Rounds) -> Iterator[str]:
             yield f"#   calls at most: {calls}"
     yield f"# build: tokens and money of a round: clair estimate {rounds.config.build} --probe 5"
     for name, lines in notes.items():
-        yield f"# {name}, of a round" + (f", as if each prompt gave a pair {_MADE_UP}:" if name == "train" else ":")
+        yield f"# {name}, of a round" + (f", as if each prompt gave a pair {_DUMMY}:" if name == "train" else ":")
         yield from (f"#   {line.removeprefix('# ')}" for line in lines)

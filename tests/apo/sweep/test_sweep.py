@@ -66,8 +66,8 @@ def computed(out: Path) -> list[int]:
         ([".beta=1,2"], "--grid takes key=value,value"),
         (["beta=0.1"], "is one value"),
         (["beta=0.1,0.10"], "has a value twice"),
-        (["beta=0.1,0.2", "beta=0.3,0.4"], "stands twice"),
-        (["beta=0.1,[0.2"], "are no values with commas between"),
+        (["beta=0.1,0.2", "beta=0.3,0.4"], "is given twice"),
+        (["beta=0.1,[0.2"], "is not a list of YAML values with commas"),
         (["out=a,b"], "each run has its own folder"),
         (["eval=true,false"], "the same held-out pairs"),
         ([], "a sweep needs a grid"),
@@ -217,7 +217,7 @@ def test_the_best_run_is_corrected_by_the_function_that_corrects_checkpoints(rec
     assert (best["right"], best["selection_bias"], best["corrected"]) == expected[1:4]
     assert best["selection_bias"] > 0
     assert result["runs"][expected.candidate]["behind"] is None
-    assert any("do not tell it apart" in note for note in notes(result))
+    assert any("do not distinguish it" in note for note in notes(result))
 
 
 def test_a_process_per_visible_gpu(monkeypatch):

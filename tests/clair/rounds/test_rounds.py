@@ -103,7 +103,9 @@ def test_rounds_run_in_order_each_on_the_model_before_until_a_gain_may_be_none(t
     assert log_of(tmp_path) == [f"{when} {name}" for name in names for when in ("start", "end")]
     rounds = rounds_of(tmp_path)
     assert [row["gain"] for row in rounds["rounds"]] == pytest.approx([0.1, 0.02])
-    assert rounds["ended"] == "the gain of round 2, +2.0 [-4.0, +8.0] points, may be none by its interval"
+    assert (
+        rounds["ended"] == "the gain of round 2, +2.0 [-4.0, +8.0] points, does not count: its interval is not above 0"
+    )
     assert rounds["best"] == str(tmp_path / "out" / "round-1" / "model")
     assert (tmp_path / "out" / "rounds.png").read_bytes().startswith(b"\x89PNG")
     assert "+10.0 [+5.0, +15.0]" in result.out
@@ -111,7 +113,7 @@ def test_rounds_run_in_order_each_on_the_model_before_until_a_gain_may_be_none(t
     assert f"the best model is {rounds['best']}" in result.out
     lines = [line for line in result.err.splitlines() if line.startswith("round ")]
     assert [line.split(":")[0] for line in lines[3:]] == [
-        f"round 2 of 3, {name} ({took} in the round before)"
+        f"round 2 of 3, {name} ({took} in the previous round)"
         for name, took in (("build", "2 s"), ("train", "3 s"), ("evaluate", "1 s"))
     ]
     assert f"""--set 'model="{rounds["best"]}"'""" in lines[4]
@@ -130,7 +132,7 @@ def test_a_finished_run_does_nothing_again_and_more_rounds_go_on(tmp_path):
     assert more.code == 0, more.err
     assert log_of(tmp_path)[: len(log)] == log
     assert log_of(tmp_path)[len(log)] == "start 3 pairs"
-    assert rounds_of(tmp_path)["ended"] == "all 3 rounds are done"
+    assert rounds_of(tmp_path)["ended"] == "all 3 rounds are complete"
 
 
 @pytest.mark.parametrize(
@@ -168,14 +170,14 @@ def test_ctrl_c_reaches_the_command_and_the_rounds_say_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     result = finished(process)
     assert result.code == 130, result.err
-    assert "round 1, build was interrupted; the same command goes on from there" in result.err
+    assert "round 1, build was interrupted; run the same command to continue" in result.err
 
 
 def test_a_crossed_guard_ends_the_rounds_with_the_model_before_it(tmp_path):
     result = run_with_stand_in(tmp_path, write_recipes(tmp_path), GUARD_ROUND="2")
     assert result.code == 5, result.err
     rounds = rounds_of(tmp_path)
-    assert rounds["ended"] == "round 2, train stopped itself: step 3: held-out text got worse"
+    assert rounds["ended"] == "round 2, train stopped because a check failed: step 3: held-out text got worse"
     assert rounds["best"] == str(tmp_path / "out" / "round-1" / "model")
     assert "held-out text got worse; the best model is" in result.out
 
@@ -215,7 +217,7 @@ def test_a_dry_run_prints_the_commands_and_the_cost_of_each_round_and_writes_not
     assert not (tmp_path / "out").exists()
     assert run_with_stand_in(tmp_path, recipe, "--set", "rounds=1").code == 0
     after = run_with_stand_in(tmp_path, recipe, "--dry-run")
-    assert "# round 1, build (done): " in after.out
+    assert "# round 1, build (complete): " in after.out
     assert "#   was 1 pairs, 6 s, cost: reviser 0.5" in after.out
 
 
@@ -281,7 +283,7 @@ def test_the_stop_rule_needs_an_interval_above_zero():
         return RoundResult(number, f"m{number}", 1, 0, 0, {}, 1, 0.1, interval, None, None, {})
 
     assert stop_reason(result(1, [0.01, 0.2]), "no_gain") is None
-    assert "may be none" in (stop_reason(result(1, [0.0, 0.2]), "no_gain") or "")
+    assert "is not above 0" in (stop_reason(result(1, [0.0, 0.2]), "no_gain") or "")
     assert "no interval" in (stop_reason(result(1, None), "no_gain") or "")
     assert stop_reason(result(1, [-0.1, 0.2]), "never") is None
     gained, lost = result(1, [0.1, 0.2]), result(2, [-0.1, 0.1])
