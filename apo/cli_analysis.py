@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from apo.cli_recipe import Out, Overrides, RecipeFile, read_recipe
+from clair.data.records import LABELS
 
 if TYPE_CHECKING:
     from apo.analysis.distinguishability import Distinguishability
@@ -25,7 +26,7 @@ def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = No
     from apo.losses.mixture import resolve_mixture
 
     resolve_mixture(config.objective)
-    from apo.analysis.clusters import indices_of_shared_prompts
+    from apo.analysis.clusters import check_labels, indices_of_shared_prompts
     from apo.analysis.distinguishability import distinguish as measure
     from apo.analysis.feature_files import file_features
     from apo.analysis.features import encode_rows, read_rows
@@ -35,6 +36,7 @@ def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = No
 
     quieten()
     rows = read_rows(config.dataset)
+    check_labels(rows, config.by)
     features = file_features(config.features, rows, prompt=True) if config.features else None
     pairs = encode_rows(rows, config.model, print_line)
     if features:
@@ -51,14 +53,19 @@ def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = No
     print_(_cluster_table(report))
     for warning in report.warnings:
         print_(f"! {warning}")
+    for line in report.prediction():
+        print_(line)
     if config.out:
+        from apo.models.load import find_model, hash_model_files
         from apo.monitoring.plots import draw_clusters
 
         config.out.mkdir(parents=True, exist_ok=True)
-        content = asdict(report)
+        content = {**asdict(report), "model": config.model, "model_sha256": hash_model_files(find_model(config.model))}
         write_json(config.out / "distinguish.json", content)
         draw_clusters(content, config.out / "distinguish.png")
         print_line(f"wrote {config.out}/distinguish.json and distinguish.png")
+        if config.by in LABELS:
+            print_line(f"to have it checked: apo train ... --set prediction={config.out}, then apo diagnose")
 
 
 def calibrate(context: typer.Context, recipe: RecipeFile = None, set_: Overrides = None) -> None:

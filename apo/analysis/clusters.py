@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,20 @@ def clusters_of(rows: Sequence[Mapping[str, Any]], by: str, prompts: Tensor, see
     if single := next((name for name in names if names.count(name) < 2), None):
         raise UserError(f"cluster {single!r} has one pair, too few to measure: take it out, or choose another `by`")
     return names
+
+
+def check_labels(rows: Sequence[Mapping[str, Any]], by: str) -> None:
+    """Raise UserError if `by` is a label that a pair lacks, or one of whose values has no two pairs to measure."""
+    if by.startswith("kmeans:"):
+        return
+    counts = Counter[str]()
+    for name, row in zip(_labels(rows, by), rows, strict=True):
+        counts[name] += row["chosen"] != row["rejected"]
+    if few := next((name for name, count in counts.items() if count < 2), None):
+        raise UserError(
+            f"{by} {few!r} has {counts[few]} pair(s) with different answers, too few to measure: at least 2 are "
+            "needed; add some, or take it out"
+        )
 
 
 def _labels(rows: Sequence[Mapping[str, Any]], by: str) -> list[str]:

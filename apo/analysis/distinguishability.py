@@ -9,17 +9,23 @@ describe a cluster in the first steps of training:
                 cosines between the clusters' mean u. This extension to free text is ours.
     gradient    v = the objective's step on a pair with respect to the LM head. The speed of a cluster is the mean of
                 <v of its pair, v of all other pairs>. A negative speed means that training harms the cluster at first.
+                If the answers are one of two texts, the numbers of pairs that prefer each are taken as fixed.
 
 Means of products leave out a pair's product with itself: it measures memorisation, and would dominate small clusters.
 
 The distance delta orders speeds only if the gradients of chosen and rejected are equal (DPO, APO-zero). At the start,
 APO-down has a gradient on the rejected response alone; use the gradient measure for it.
+
+If the LM head alone is trained, a behaviour's accuracy is that of a linear classifier on h. Along d its rate is
+Phi(delta / 2 sigma) for Gaussian classes of standard deviation sigma along d. For classes of any distribution it is at
+least 1 - c / (c + delta^2 / 4) with c the concentration (Cantelli's inequality), with the threshold in the middle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from apo.analysis.clusters import clusters_of
@@ -54,6 +60,7 @@ class Literal:
 
     `delta` is the distance of the two classes' means, `scaled` = delta / sqrt(trace). `concentration` and `trace` are
     the larger of both classes' covariance norms (spectral, trace), `positive` is the share of the first class.
+    `accuracy` is Phi(delta / 2 sigma) with the larger class's sigma along d, `accuracy_bound` Cantelli's bound.
     """
 
     delta: float
@@ -61,6 +68,8 @@ class Literal:
     concentration: float
     trace: float
     positive: float
+    accuracy: float
+    accuracy_bound: float
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,10 @@ class Cluster:
     speed: Interval
     relative: float
     """`speed` as a share of the fastest cluster's."""
+    rank: tuple[int, int]
+    """The 95 % interval of its rank by speed over bootstrap samples of the pairs; 1 is the fastest."""
     conflict: float
-    """The lowest cosine of its mean u with another cluster's mean u; NaN for a single cluster."""
+    """The lowest cosine of its direction with another cluster's; NaN for a single cluster."""
     conflict_with: str
     literal: Literal | None
 
@@ -90,14 +101,33 @@ class Cluster:
 class Distinguishability:
     """The clusters (fastest first), the objective's initial gradients on chosen and rejected, and warnings."""
 
+    by: str
     objective: str
     beta: float
     pull: tuple[float, float]
     """Mean derivative of the loss by the log-prob of chosen and of rejected, at the reference."""
     clusters: list[Cluster]
     cosines: list[list[float]]
-    """Between the clusters' mean u, in the order of `clusters`."""
+    """Between the clusters' directions, in the order of `clusters`: their mean u, or, if all have two fixed answers,
+    the difference of the two classes' means."""
     warnings: list[str]
+
+    def prediction(self) -> list[str]:
+        """Return the order in which the clusters will be learned, in words, with its uncertainty."""
+        names = [cluster.name for cluster in self.clusters]
+        if len(names) < 2:
+            return [f"No prediction: {names[0]} is the only group, and an order needs two"]
+        middle = f", then {', '.join(names[1:-1])}" if names[1:-1] else ""
+        ranks = [
+            f"{cluster.name} {'or '.join(f'{end}. ' for end in dict.fromkeys(cluster.rank)).strip()}"
+            if cluster.rank[1] - cluster.rank[0] < 2
+            else f"{cluster.name} {cluster.rank[0]}. to {cluster.rank[1]}."
+            for cluster in self.clusters
+        ]
+        return [
+            f"Prediction: under {self.objective}, {names[0]} is learned first{middle}; {names[-1]} last",
+            f"95 % certain, as far as the choice of pairs goes: {', '.join(ranks)}",
+        ]
 
 
 def distinguish(
@@ -120,8 +150,20 @@ def distinguish(
     order = sorted(set(names))
     members = [torch.tensor([index for index, name in enumerate(names) if name == cluster]) for cluster in order]
     weights = [bootstrap_weights(len(indices), draws, seed + number) for number, indices in enumerate(members)]
-    speeds = _speeds([steps[indices] for indices in members], weights)
-    centres = torch.stack([u[indices].mean(0) for indices in members])
+    rows = [[pairs.rows[index] for index in indices.tolist()] for indices in members]
+    literals = [literal_of(group, pairs.features.prompt[indices]) for group, indices in zip(rows, members, strict=True)]
+    cells = [
+        (number, indices[torch.tensor([_text(row["chosen"]) == answer for row in group])] if literal else indices)
+        for number, (literal, group, indices) in enumerate(zip(literals, rows, members, strict=True))
+        for answer in (sorted({_text(row["chosen"]) for row in group}) if literal else [""])
+    ]
+    speeds, ranks = _speeds(steps, cells, draws, seed)
+    if all(literals):
+        by_cluster = [[indices for number, indices in cells if number == k] for k in range(len(order))]
+        hidden = pairs.features.prompt
+        centres = torch.stack([hidden[second].mean(0) - hidden[first].mean(0) for first, second in by_cluster])
+    else:
+        centres = torch.stack([u[indices].mean(0) for indices in members])
     cosines = torch.nn.functional.cosine_similarity(centres[:, None], centres[None], dim=-1)
     fastest = max(speed.value for speed in speeds)
     results = []
@@ -133,27 +175,32 @@ def distinguish(
             if neighbour != name
         ]
         conflict, conflict_with = min(neighbours, default=(float("nan"), ""))
-        rows = [pairs.rows[index] for index in indices.tolist()]
         cluster = Cluster(
             name=name,
             n=len(indices),
             delta=delta,
             scaled=scaled,
             coherence=coherence,
-            overlap=_overlap(rows),
+            overlap=_overlap(rows[number]),
             speed=speeds[number],
             relative=speeds[number].value / fastest if fastest > 0 else float("nan"),
+            rank=ranks[number],
             conflict=conflict,
             conflict_with=conflict_with,
-            literal=literal_of(rows, pairs.features.prompt[indices]),
+            literal=literals[number],
         )
         results.append(cluster)
     ranking = sorted(range(len(results)), key=lambda number: -results[number].speed.value)
     pull = float(chosen_gradients.mean()), float(rejected_gradients.mean())
     clusters, ranked_cosines = [results[number] for number in ranking], cosines[ranking][:, ranking].tolist()
-    return Distinguishability(
-        mixture.name, beta, pull, clusters, ranked_cosines, warnings_of(mixture.name, beta, pull, clusters)
-    )
+    warnings = warnings_of(mixture.name, beta, pull, clusters)
+    for name, group in zip(order, rows, strict=True):
+        if len({(_text(row["chosen"]), _text(row["rejected"])) for row in group}) == 1:
+            warnings.append(
+                f"{name} prefers the same answer to the same other in all of its prompts: it has no two classes whose "
+                "distance could be measured, and is learned by its base rate"
+            )
+    return Distinguishability(by, mixture.name, beta, pull, clusters, ranked_cosines, warnings)
 
 
 # ---- distances
@@ -164,7 +211,7 @@ def literal_of(rows: Sequence[Mapping[str, Any]], hidden: Tensor) -> Literal | N
 
     `hidden` [n, D] is the hidden state at the last token of each prompt.
     """
-    chosen, rejected = ([row[side][-1]["content"] for row in rows] for side in ("chosen", "rejected"))
+    chosen, rejected = ([_text(row[side]) for row in rows] for side in ("chosen", "rejected"))
     answers = sorted({*chosen, *rejected})
     if len(answers) != 2:
         return None
@@ -179,10 +226,15 @@ def distinguishability(hidden: Tensor, positive: Sequence[bool]) -> Literal:
     mask = torch.tensor(positive)
     classes = [hidden[mask], hidden[~mask]]
     covariances = [torch.cov(states.T, correction=0).reshape(hidden.shape[1], -1) for states in classes]
-    delta = float((classes[0].mean(0) - classes[1].mean(0)).norm())
+    difference = classes[0].mean(0) - classes[1].mean(0)
+    delta = float(difference.norm())
     concentration = max(float(torch.linalg.matrix_norm(c, 2)) for c in covariances)
     trace = max(float(c.trace()) for c in covariances)
-    return Literal(delta, delta / trace**0.5, concentration, trace, float(mask.float().mean()))
+    sigma = max(float(difference @ c @ difference) for c in covariances) ** 0.5 / max(delta, 1e-30)
+    accuracy = NormalDist().cdf(delta / max(2 * sigma, 1e-30))
+    bound = 1 - concentration / max(concentration + delta**2 / 4, 1e-30)
+    positives = float(mask.float().mean())
+    return Literal(delta, delta / max(trace, 1e-30) ** 0.5, concentration, trace, positives, accuracy, bound)
 
 
 def _pair_level(u: Tensor, weights: Tensor) -> tuple[Interval, float, Interval]:
@@ -200,8 +252,13 @@ def _pair_level(u: Tensor, weights: Tensor) -> tuple[Interval, float, Interval]:
 def _overlap(rows: Sequence[Mapping[str, Any]]) -> float:
     from clair.data.contrast import contrast_of
 
-    pairs = [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in rows]
+    pairs = [(_text(row["chosen"]), _text(row["rejected"])) for row in rows]
     return sum(contrast_of(chosen, rejected).jaccard for chosen, rejected in pairs) / len(pairs)
+
+
+def _text(answer: str | Sequence[Mapping[str, Any]]) -> str:
+    """Return the last turn of an answer, which is text in a dataset of plain text."""
+    return answer if isinstance(answer, str) else answer[-1]["content"]
 
 
 # ---- gradients
@@ -276,18 +333,37 @@ def _sketch(rows: int, columns: int, dimensions: int, seed: int) -> Callable[[Te
     return tensor_sketch
 
 
-def _speeds(steps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Interval]:
-    """Return, for each cluster, the mean of <v_i, mean of v over all other pairs>, from its steps [n_c, m]."""
+def _speeds(
+    steps: Tensor, cells: Sequence[tuple[int, Tensor]], draws: int, seed: int
+) -> tuple[list[Interval], list[tuple[int, int]]]:
+    """Return the speed of each cluster, and the 95 % interval of its rank, from the steps [n, m] of all pairs.
+
+    A cell is a cluster's number and the indices of some of its pairs: all, or those that prefer one of two answers. The
+    numbers of pairs of the cells are fixed, so that the mean over all other pairs is taken cell by cell: of the pair's
+    own cell without the pair itself. Otherwise a pair would meet one pair less of its own answer than of the other
+    one, and the mean hidden state, which is much longer than the differences, would decide.
+    """
     import torch
 
-    sizes = torch.tensor([float(len(cluster)) for cluster in steps])
-    shares, total = sizes / sizes.sum(), float(sizes.sum())
-    means = torch.stack([cluster.mean(0) for cluster in steps])
-    drawn = torch.stack([weight @ cluster for weight, cluster in zip(weights, steps, strict=True)])  # [K, draws, m]
-    squares = torch.stack([(cluster**2).sum(1).mean() for cluster in steps])
-    values = (total * means @ (shares @ means) - squares) / (total - 1)
-    spreads = (drawn * torch.einsum("k,kdm->dm", shares, drawn)).sum(-1)
-    return [_interval(value, spread) for value, spread in zip(values, spreads, strict=True)]
+    numbers = torch.tensor([number for number, _ in cells])
+    sizes = torch.tensor([float(len(indices)) for _, indices in cells])
+    means = torch.stack([steps[indices].mean(0) for _, indices in cells])
+    squares = torch.stack([(steps[indices] ** 2).sum(1).mean() for _, indices in cells])
+    weights = [bootstrap_weights(len(indices), draws, seed + number) for number, (_, indices) in enumerate(cells)]
+    drawn = torch.stack([weight @ steps[indices] for weight, (_, indices) in zip(weights, cells, strict=True)])
+    products = means @ means.T
+    own = (sizes * products.diagonal() - squares) / (sizes - 1)
+    shares = sizes / sizes.sum()
+    by_cell = (products - products.diagonal().diag() + own.diag()) @ shares
+    drawn_by_cell = torch.einsum("cdm,dm->cd", drawn, torch.einsum("c,cdm->dm", shares, drawn))
+    members = torch.stack([sizes * (numbers == number) for number in range(int(numbers.max()) + 1)])
+    members = members / members.sum(1, keepdim=True)
+    values, spreads = members @ by_cell, members @ drawn_by_cell
+    drawn_speeds = values[:, None] - (spreads - spreads.mean(1, keepdim=True))
+    ranks = (-drawn_speeds).argsort(0).argsort(0) + 1.0
+    ends = torch.quantile(ranks, torch.tensor([0.025, 0.975], dtype=ranks.dtype), dim=1, interpolation="nearest")
+    intervals = [_interval(value, spread) for value, spread in zip(values, spreads, strict=True)]
+    return intervals, [(int(low), int(high)) for low, high in ends.T]
 
 
 def bootstrap_weights(n: int, draws: int, seed: int) -> Tensor:

@@ -92,9 +92,10 @@ def load_eval(
     weights: str | None = None,
     note: Callable[[str], None] | None = None,
     states: str | None = None,
+    label: str | None = None,
 ) -> Dataset | None:
     """The held-out pairs: of the split of that name, of a file or folder, or (True) of the split `test` of all sources
-    that have it. None if there are none, and for False.
+    that have it. None if there are none, and for False. The column `label` is kept.
 
     Raises UserError for a name that is neither a split nor a path.
     """
@@ -113,7 +114,9 @@ def load_eval(
     loaded = [
         (
             source,
-            _load_unless_empty(source, split or source.split, weights, _prefixed(source, with_split, note), states),
+            _load_unless_empty(
+                source, split or source.split, weights, _prefixed(source, with_split, note), states, label
+            ),
         )
         for source in with_split
     ]
@@ -267,6 +270,7 @@ def _load(
     weights: str | None = None,
     note: Callable[[str], None] | None = None,
     states: str | None = None,
+    label: str | None = None,
 ) -> Dataset:
     path = source.path
     read = _read(source, split)
@@ -274,7 +278,8 @@ def _load(
         for line in read.notes:
             note(line)
     pairs = _filter_rows(read.dataset, source)
-    extra = {key: column for key, column in (("weights", weights), ("soft_prompt", states)) if column is not None}
+    named = {"weights": weights, "soft_prompt": states, "prediction": label}
+    extra = {key: column for key, column in named.items() if column is not None}
     for key, column in extra.items():
         check_name(f"{key}: dataset {path}, split {split!r}, has no column", column, pairs.column_names, "found")
     users = [] if states is None else ["user"]
@@ -300,10 +305,15 @@ def _with_template_options(rows: Dataset, options: Mapping[str, Any] | None) -> 
 
 
 def _load_unless_empty(
-    source: Source, split: str, weights: str | None, note: Callable[[str], None] | None, states: str | None
+    source: Source,
+    split: str,
+    weights: str | None,
+    note: Callable[[str], None] | None,
+    states: str | None,
+    label: str | None,
 ) -> Dataset | None:
     try:
-        pairs = _load(source, split, weights, note, states)
+        pairs = _load(source, split, weights, note, states, label)
     except UserError as error:
         if "corresponds to no data" in str(error) or "has no rows" in str(
             error

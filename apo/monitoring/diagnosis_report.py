@@ -9,12 +9,13 @@ from typing import Any
 from apo.losses.mixture import objective_title
 from apo.monitoring.diagnosis import MIN_LINES, Problem, diagnose
 from apo.monitoring.metrics import series
-from apo.monitoring.plots import draw_diagnosis
-from apo.run_dir.files import METRICS, SAMPLES, read_log, read_run
+from apo.monitoring.plots import draw_diagnosis, draw_order
+from apo.monitoring.prediction import check_lines, check_order, read_prediction
+from apo.run_dir.files import METRICS, PREDICTION, SAMPLES, read_log, read_run
 from clair.core.errors import UserError, one_line
 from clair.data.contrast import contrast_of, word_diff
 
-PICTURE = "diagnosis.png"
+PICTURE, ORDER_PICTURE = "diagnosis.png", "order.png"
 TABLE_METRICS = (
     "loss",
     "eval_loss",
@@ -49,6 +50,13 @@ def diagnosis_lines(run: Path, picture: Path | None = None) -> list[str]:
     problems = diagnose(rows, recipe["objective"])
     lines = [title, _state(about, rows), "", *_metrics_table(rows), "", *sample_lines(read_log(run / SAMPLES))]
     lines += _problem_lines(problems, len(series(rows, "loss")[0]))
+    if (run / PREDICTION).is_file():
+        report = read_prediction(str(run / PREDICTION))
+        check = check_order(report, rows)
+        lines += ["", *check_lines(report, check)]
+        if check is not None:
+            draw_order(check, target.with_name(ORDER_PICTURE), title)
+            lines.append(f"drawn in {target.with_name(ORDER_PICTURE)}")
     lines += [f"stopped at step {stop['step']}: {stop['why']}" for stop in about.get("stopped", [])]
     return [*lines, "", f"drawn in {target}"]
 

@@ -1,4 +1,4 @@
-"""Inspections of the model: guard, token diagnostics and sample answers, ten times in a run.
+"""Inspections of the model: guard, token diagnostics, groups and sample answers, ten times in a run.
 
 The guard is also measured before every evaluation and save.
 """
@@ -19,6 +19,7 @@ from apo.monitoring.guard import (
     measure_guard,
     violation,
 )
+from apo.monitoring.prediction import group_metrics, right_order
 
 if TYPE_CHECKING:
     from apo.monitoring.sample_answers import SampleAnswers
@@ -34,6 +35,10 @@ class InspectedTrainer(Protocol):
 
     def response_logps(self, examples: Sequence[dict[str, Any]]) -> list[float]:
         """Return the log-prob of the chosen response of each example, in nats. Every process must call it."""
+        ...
+
+    def held_out_logratios(self) -> list[tuple[float, float, float, float]]:
+        """Return log-ratios of chosen and rejected, rounding and loss of each held-out pair. Collective."""
         ...
 
     def log(self, logs: dict[str, float]) -> None:
@@ -52,6 +57,7 @@ class InspectionCallback(TrainerCallback):
         self.guard_set = guard_set
         self.diagnostics: TokenDiagnostics | None = None
         self.samples: SampleAnswers | None = None
+        self.groups: Sequence[str | None] = ()
         self.violation: str | None = None
         self._trainer: InspectedTrainer | None = None
         self._baseline: GuardMeasurement | None = None
@@ -59,10 +65,17 @@ class InspectionCallback(TrainerCallback):
         self._measured_step: int | None = None
 
     def begin(
-        self, trainer: InspectedTrainer, diagnostics: TokenDiagnostics | None, samples: SampleAnswers | None
+        self,
+        trainer: InspectedTrainer,
+        diagnostics: TokenDiagnostics | None,
+        samples: SampleAnswers | None,
+        groups: Sequence[str | None] = (),
     ) -> None:
-        """Measure the guard on the model before the first step, also if the run resumes from a later step."""
-        self._trainer, self.diagnostics, self.samples = trainer, diagnostics, samples
+        """Measure the guard on the model before the first step, also if the run resumes from a later step.
+
+        `groups` are the groups of the held-out pairs of a prediction.
+        """
+        self._trainer, self.diagnostics, self.samples, self.groups = trainer, diagnostics, samples, groups
         if self.guard_set is not None:
             self._baseline = self._highest = measure_guard(trainer.response_logps, self.guard_set)
 
@@ -76,8 +89,11 @@ class InspectionCallback(TrainerCallback):
                 self._highest = higher(self._highest, measure_guard(self._trainer.response_logps, self.guard_set))
             return
         self._write_samples(state)
+        metrics = self._group_metrics()
         if self._baseline is not None:
-            self._log(guard_metrics(self._baseline, self._baseline), control)
+            metrics |= guard_metrics(self._baseline, self._baseline)
+        if metrics:
+            self._log(metrics, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Inspect the model if an inspection is due."""
@@ -87,6 +103,7 @@ class InspectionCallback(TrainerCallback):
             if self._trainer is not None and self.diagnostics is not None:
                 with self._trainer.meter.pause():
                     metrics = self.diagnostics.measure()
+            metrics |= self._group_metrics()
             self._write_samples(state)
         periodic = self.guard_set is not None and step % self.guard_set.interval(state.max_steps) == 0
         due = last or control.should_save or control.should_evaluate or periodic
@@ -122,6 +139,14 @@ class InspectionCallback(TrainerCallback):
                 control.should_save = True
         if metrics:
             self._log(metrics, control)
+
+    def _group_metrics(self) -> dict[str, float]:
+        if self._trainer is None or not self.groups:
+            return {}
+        with self._trainer.meter.pause():
+            pairs = self._trainer.held_out_logratios()
+        rows = [(loss, right_order(chosen, rejected, rounding)) for chosen, rejected, rounding, loss in pairs]
+        return group_metrics(self.groups, rows)
 
     def _write_samples(self, state: TrainerState) -> None:
         """Write the sample answers on the main process. The other processes continue, and wait in the next step."""

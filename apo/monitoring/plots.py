@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from apo.monitoring.prediction import OrderCheck
+
 COLORS = {"chosen": "#1b7f79", "rejected": "#c8553d"}
 QUIET, FAINT = "#6b7280", "#e5e7eb"
 
@@ -78,6 +80,38 @@ def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
             value = report["cosines"][row][column]
             color = "white" if abs(value) > 0.6 else QUIET
             right.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
+    figure.savefig(path, format="png")
+
+
+def draw_order(check: OrderCheck, path: str | Path, title: str = "") -> None:
+    """Plot a prediction held against a run, a color for each group, from dark (predicted first) to light.
+
+    Left: the held-out loss of each group over training. Right: fall of the loss over the run by predicted speed, with
+    95 % intervals.
+    """
+    from matplotlib import colormaps
+
+    figure = _figure(10.5, 4.2, 150, w_pad=0.12, h_pad=0.08, wspace=0.05)
+    left, right = figure.subplots(1, 2)
+    _set_frame(left, "What was learned first", "held-out loss of each group; darker: predicted earlier")
+    low, high = check.interval
+    _set_frame(right, "As predicted?", f"rank correlation {check.correlation:.2f} [{low:.2f}, {high:.2f}]")
+    labels = []
+    for index, group in enumerate(check.groups):
+        color = colormaps["viridis"](0.9 * index / max(1, len(check.groups) - 1))
+        _plot(left, ([*group.steps], [*group.losses]), ([], []), color)
+        labels.append((group.losses[-1], group.steps[-1], _plain(group.name[:28]), color))
+        speed = group.speed
+        right.plot([speed["lo"], speed["hi"]], [group.area] * 2, color=color, linewidth=1.2)
+        right.plot(
+            [speed["value"]] * 2, [group.area - group.noise, group.area + group.noise], color=color, linewidth=1.2
+        )
+        right.plot(speed["value"], group.area, "o", color=color, markersize=6)
+    _label_lines(left, labels)
+    right.set_xlabel("predicted speed", fontsize=9, color=QUIET)
+    right.set_ylabel("mean fall of the loss", fontsize=9, color=QUIET)
+    if title:
+        figure.suptitle(_plain(title), x=0.012, ha="left", fontsize=9.5, color=QUIET)
     figure.savefig(path, format="png")
 
 
@@ -168,14 +202,14 @@ def _draw(axes: Axes, lines: Mapping[str, Line], held_out: Mapping[str, Line]) -
     )
 
 
-def _plot(axes: Axes, line: Line, held_out: Line, color: str) -> None:
+def _plot(axes: Axes, line: Line, held_out: Line, color: Any) -> None:
     """Plot a line (a single value as a dot), and held-out values as hollow dots."""
     marker = "o" if len(line[0]) == 1 else None
     axes.plot(*line, color=color, linewidth=1.8, marker=marker, markersize=4, solid_capstyle="round")
     axes.plot(*held_out, "o", markersize=4.5, markerfacecolor="white", markeredgecolor=color, zorder=3)
 
 
-def _label_lines(axes: Axes, labels: list[tuple[float, int, str, str]]) -> None:
+def _label_lines(axes: Axes, labels: list[tuple[float, int, str, Any]]) -> None:
     """Write each label (value, step, text, color) beside its line's end, above the label below it.
 
     A line that ends without a number has no label.

@@ -5,6 +5,7 @@ run.json          resolved recipe, versions, counts with drops, final metrics, s
 metrics.jsonl     one line per logging step
 samples.jsonl     answers to the same few prompts at each inspection
 held_out.jsonl    with `eval_rows`: the final rewards of each held-out pair
+prediction.json   with `prediction`: what `apo distinguish` predicted, as it stood before the first step
 dynamics.png      chosen and rejected, reward and log-prob, over training
 README.md         the model card
 checkpoint-STEP/  the state from which a stopped run resumes
@@ -35,6 +36,7 @@ RUN = "run.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 HELD_OUT = "held_out.jsonl"
+PREDICTION = "prediction.json"
 PICTURE = "dynamics.png"
 CARD = "README.md"
 

@@ -103,6 +103,9 @@ class TrainConfig(Recipe):
     """Held-out text and tasks on which the model must not get worse. Absent: none are measured."""
     eval_rows: bool = False
     """Write held_out.jsonl at the end: the rewards of each held-out pair. `apo sweep` sets it."""
+    prediction: str | None = None
+    """The `out` of `apo distinguish`: its groups are measured on held-out pairs ten times in the run, and `apo
+    diagnose` says whether they were learned in the predicted order."""
     probe: Annotated[int, Field(ge=0)] | None = None
     """Pairs looked at token by token (token_diagnostics.py). Absent: one for a hundred trained, at most 16; 0: none."""
     samples: Annotated[int, Field(ge=0)] | None = None
@@ -119,6 +122,13 @@ class TrainConfig(Recipe):
             raise ValueError(
                 f"{value} weights cannot be trained, only an adapter on them: set `lora: {{r: 16}}` as well"
             )
+        return value
+
+    @field_validator("prediction")
+    @classmethod
+    def _needs_one_run(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and info.data.get("by"):
+            raise ValueError("it compares groups within a run, and `by` trains a run for each; leave one of them out")
         return value
 
     @field_validator("objective")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from apo.distributed.launch import check_devices, deepspeed_requested, fsdp_requested
 from apo.models.load import ModelName, context_length, find_model, load_generation_config, load_tokenizer
 from apo.monitoring.guard import load_guard
+from apo.monitoring.prediction import check_prediction, read_prediction
 from apo.run_dir.files import template_day
 from apo.training.config import TrainConfig, lora_config, trainer_options
 from apo.training.optimizer_check import check_optimizer, count_steps
@@ -42,6 +43,7 @@ class Plan:
     steps: int
     day: str
     guard_set: GuardSet | None = None
+    prediction: dict[str, Any] | None = None
     processes: int = 1
 
     @property
@@ -55,6 +57,12 @@ class Plan:
         unit = "pairs" if "pairs" in self.train.size() else "rows"
         suffix = f" on {self.processes} processes" if self.processes > 1 else ""
         return f"{self.steps:,} of {self.pairs_per_step} {unit}{suffix}"
+
+    def held_out_groups(self) -> list[str | None]:
+        """The group of each held-out pair, by the label of the prediction; empty without one."""
+        if self.prediction is None or self.eval is None:
+            return []
+        return [None if value is None else str(value) for value in self.eval.dataset[self.prediction["by"]][:]]
 
     def counts(self) -> dict[str, Any]:
         """The pairs (or unpaired rows, and the desirable among them) and drops of both splits, for run.json."""
@@ -100,6 +108,8 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     states = config.soft_prompt.column if config.soft_prompt else None
     columns = {"weights": config.weights, "states": states}
     train_pairs = load_train(config.dataset, config.seed, note=lambda line: notes.append(f"train: {line}"), **columns)
+    prediction = read_prediction(config.prediction) if config.prediction else None
+    columns["label"] = prediction["by"] if prediction else None
     eval_pairs = load_eval(config.dataset, config.eval, note=lambda line: notes.append(f"eval: {line}"), **columns)
     args = trainer_options(config, has_eval=eval_pairs is not None, processes=count)
     if count == launched:
@@ -110,8 +120,9 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` sets it; leave one out")
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
-    if config.eval_rows and eval_pairs is None:
-        raise UserError("eval_rows: there are no held-out pairs; set `eval`, or leave it out")
+    for key in ("eval_rows", "prediction"):
+        if getattr(config, key) and eval_pairs is None:
+            raise UserError(f"{key}: there are no held-out pairs; set `eval`, or leave it out")
     if config.lora:
         notes += check_adapter(name, lora_config(config))
     generation, context = load_generation_config(name), context_length(name)
@@ -122,8 +133,11 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     evaluated = _tokenize(eval_pairs, "eval", tokenizer, generation, args, day) if eval_pairs is not None else None
     if args.soft_prompt is not None and len(train.dataset):
         check_soft_prompt(args, tokenizer, train.dataset, evaluated and evaluated.dataset)
-    if config.eval_rows and evaluated and "pairs" not in evaluated.size():
-        raise UserError("eval_rows: the held-out rows are no pairs, but unpaired; set `eval` to pairs, or leave it out")
+    for key in ("eval_rows", "prediction"):
+        if getattr(config, key) and evaluated and "pairs" not in evaluated.size():
+            raise UserError(
+                f"{key}: the held-out rows are no pairs, but unpaired; set `eval` to pairs, or leave it out"
+            )
     train.notes.extend(evaluated.notes if evaluated else [])
     train.notes[:0] = notes
     args.check_dataset(train.dataset.column_names)
@@ -139,7 +153,9 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     guard_set = load_guard(config.guard, tokenizer, generation, context, day, held_out) if config.guard else None
     steps = count_steps(args, train.dataset, count)
     check_optimizer(args, steps)
-    planned = Plan(config, name, tokenizer, args, train, evaluated, steps, day, guard_set, count)
+    planned = Plan(config, name, tokenizer, args, train, evaluated, steps, day, guard_set, prediction, count)
+    if prediction:
+        check_prediction(prediction, resolve_mixture(config.objective).name, config.beta, planned.held_out_groups())
     limit_passes(planned)
     if args.shared_prefix and args.pack_tokens:
         train.notes.extend(_oversize_notes(train.dataset, args.pack_tokens))

@@ -20,11 +20,13 @@ from apo.models.load import (
     nf4_config,
     quantization_problem,
 )
+from apo.monitoring.prediction import right_order
 from apo.run_dir.files import (
     CARD,
     HELD_OUT,
     METRICS,
     PICTURE,
+    PREDICTION,
     RUN,
     Status,
     describe_counts,
@@ -239,7 +241,8 @@ def build_trainer(planned: Plan, group: Group | None = None, log: Callable[[str]
     with group.raise_on_all():
         check_before_training(trainer)
     samples = build_sample_answers(trainer, planned.tokenizer, config.samples, Path(config.out))
-    inspection.begin(trainer, build_token_diagnostics(trainer, config.probe), samples)
+    diagnostics = build_token_diagnostics(trainer, config.probe)
+    inspection.begin(trainer, diagnostics, samples, planned.held_out_groups())
     return trainer
 
 
@@ -261,6 +264,11 @@ def _facts(planned: Plan, status: Status) -> dict[str, Any]:
         "processes": planned.processes,
         "day": planned.day,
     }
+    if planned.prediction and planned.prediction.get("model_sha256") != facts["model_sha256"]:
+        raise UserError(
+            f"prediction: it is of {planned.prediction.get('model')}, whose files differ from those of "
+            f"{planned.config.model}; run `apo distinguish` on the model that is trained"
+        )
     if status == "new":
         return facts
     run = read_run(out)
@@ -281,6 +289,8 @@ def _resume(planned: Plan, facts: dict[str, Any], status: Status, log: Callable[
 
     out = Path(planned.config.out)
     if status == "new":
+        if planned.prediction:
+            write_json(out / PREDICTION, planned.prediction)
         write_new_run(out, resolved(planned.config), **facts, resumed_from=[])
         return None
     run = read_run(out)
@@ -367,11 +377,11 @@ def _finish(trainer: APOTrainer, planned: Plan, group: Group, seconds: float) ->
 _FINAL = ".final"
 
 
-def _write_held_out(out: Path, pairs: Any, logratios: list[tuple[float, float, float]]) -> None:
+def _write_held_out(out: Path, pairs: Any, logratios: list[tuple[float, float, float, float]]) -> None:
     """Write held_out.jsonl: `right` is 1 if the chosen answer has the larger reward, and 1/2 for a tie."""
     rows = []
-    for index, (pair, (chosen, rejected, rounding)) in enumerate(zip(pairs, logratios, strict=True)):
-        right = 0.5 if abs(chosen - rejected) <= rounding else float(chosen > rejected)
+    for index, (pair, (chosen, rejected, rounding, _)) in enumerate(zip(pairs, logratios, strict=True)):
+        right = right_order(chosen, rejected, rounding)
         prompt = content_hash(list(pair["prompt_ids"]))[:16]
         row = {"id": str(pair.get("id", index)), "prompt": prompt, "chosen": chosen, "rejected": rejected}
         rows.append(json.dumps({**row, "right": right}) + "\n")

@@ -298,8 +298,8 @@ class APOTrainer(CheckpointTrainer):
         """
         return self._map_examples(examples, lambda batch: [self.logps(self.model, batch).chosen])[0].tolist()
 
-    def held_out_logratios(self) -> list[tuple[float, float, float]]:
-        """For each held-out pair: the log-ratios of both responses in nats, and the rounding of their difference.
+    def held_out_logratios(self) -> list[tuple[float, float, float, float]]:
+        """For each held-out pair: the log-ratios of both responses in nats, the rounding of their difference, the loss.
 
         For an objective without a reference, the mean log-probs of a token in their place. Collective, and without
         random numbers.
@@ -308,10 +308,11 @@ class APOTrainer(CheckpointTrainer):
         def compute(batch: PairBatch) -> Sequence[torch.Tensor]:
             policy = self.logps(self.model, batch)
             rounding = ROUNDING * (policy.chosen_len + policy.rejected_len)
-            if not self.objective.needs_reference:
-                return policy.chosen / policy.chosen_len, policy.rejected / policy.rejected_len, 0 * rounding
-            reference = self._reference_logps(batch)
-            return policy.chosen - reference[0], policy.rejected - reference[1], rounding
+            reference = self._reference_logps(batch) if self.objective.needs_reference else None
+            losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
+            if reference is None:
+                return policy.chosen / policy.chosen_len, policy.rejected / policy.rejected_len, 0 * rounding, losses
+            return policy.chosen - reference[0], policy.rejected - reference[1], rounding, losses
 
         examples = [dict(row) for row in cast(Dataset, self.eval_dataset)]
         return [(*row,) for row in self._map_examples(examples, compute).T.tolist()]

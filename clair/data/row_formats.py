@@ -19,8 +19,8 @@ ROLE_NAMES = {
 PROMPT_TEXT_COLUMNS = ("prompt", "question", "instruction", "query")
 CONVERSATION_COLUMNS = ("conversations", "conversation", "messages", "context", "trajectory", "dialogue", "dialog")
 ALIASES = {
-    "chosen": ("chosen_response", "preferred_output"),
-    "rejected": ("rejected_response", "non_preferred_output"),
+    "chosen": ("chosen_response", "preferred_output", "answer_matching_behavior"),
+    "rejected": ("rejected_response", "non_preferred_output", "answer_not_matching_behavior"),
     "system": ("system_prompt", "system_message", "system_instruction"),
 }
 DOCUMENT_COLUMNS = ("documents", "functions")

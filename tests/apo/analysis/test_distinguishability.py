@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
-from apo.analysis.clusters import clusters_of, indices_of_shared_prompts, kmeans
+from apo.analysis.clusters import check_labels, clusters_of, indices_of_shared_prompts, kmeans
 from apo.analysis.distinguishability import (
     Cluster,
     Interval,
     Literal,
     _pair_level,
     _sketch,
+    _speeds,
     bootstrap_weights,
     distinguish,
     distinguishability,
@@ -114,6 +116,31 @@ def test_the_literal_distance_by_hand():
         (3.0, 1.0, 1.0, 3.0)
     )
     assert distance.positive == 0.5
+    # d = (3, 0): no spread along it. The concentration is 1, so the bound is 1 - 1 / (1 + 9 / 4).
+    assert (distance.accuracy, distance.accuracy_bound) == pytest.approx((1.0, 1 - 4 / 13))
+
+
+def test_the_accuracy_along_the_difference_is_that_of_gaussian_classes_and_above_its_bound():
+    (behaviour,) = toy.behaviours([2.0], n=20_000, dimensions=4)
+    distance = distinguishability(torch.tensor(behaviour.hidden), (behaviour.sign > 0).tolist())
+    along = behaviour.hidden @ difference(behaviour)
+    accuracy = float(((along > along.mean()) == (behaviour.sign > 0)).mean())
+    assert distance.accuracy == pytest.approx(accuracy, abs=0.01)  # Phi(1) = 0.84
+    assert 0.4 < distance.accuracy_bound < accuracy
+
+
+def test_a_common_mean_that_is_long_moves_no_speed():
+    """Balanced answers: the mean of all hidden states cancels, however long it is, and so do the intervals' parts."""
+    (behaviour,) = toy.behaviours([2.0], n=40, dimensions=8)
+    sign = torch.tensor(behaviour.sign).float()
+    cells = [(0, (sign > 0).nonzero()[:, 0]), (0, (sign < 0).nonzero()[:, 0])]
+    speeds = []
+    for length in (0.0, 100.0):
+        steps = sign[:, None] * (torch.tensor(behaviour.hidden).float() + length)
+        (speed,), _ = _speeds(steps, cells, 200, 0)
+        speeds.append(speed)
+    assert speeds[1].value == pytest.approx(speeds[0].value, rel=0.02)
+    assert speeds[1].hi - speeds[1].lo == pytest.approx(speeds[0].hi - speeds[0].lo, rel=0.5)
 
 
 # ---- from tokens
@@ -173,8 +200,11 @@ def test_predicted_speed_is_what_the_other_pairs_gradients_do_to_a_pairs_loss():
         ratio = logps - logps.detach()
         loss = apo_zero(ratio[row["chosen_ids"][0]], ratio[row["rejected_ids"][0]], beta=0.1)
         gradients.append(torch.autograd.grad(loss, head.weight)[0].flatten())
+    # The other pairs, cell by cell: 8 pairs of each behaviour prefer Yes, 8 prefer No; of a pair's own cell 7 others.
     products = torch.stack(gradients) @ torch.stack(gradients).T
-    others = (products.sum(1) - products.diagonal()) / 31
+    cell = torch.tensor([2 * int(row["behaviour"]) + (row["chosen"][0]["content"] == "Yes") for row in encoded.rows])
+    same = (cell[:, None] == cell).float() - torch.eye(32)
+    others = (products * (cell[:, None] != cell)).sum(1) / 32 + (products * same).sum(1) * 8 / 7 / 32
     predicted = {cluster.name: cluster.speed.value for cluster in report.clusters}
     assert [predicted["0"], predicted["1"]] == pytest.approx(
         [float(others[:16].mean()), float(others[16:].mean())], rel=1e-4
@@ -328,7 +358,7 @@ def test_objectives_whose_distance_misleads_or_whose_speed_differs_are_noted():
 
 def cluster(name: str, speed: float, half: float, **more) -> Cluster:
     interval, none = Interval(speed, speed - half, speed + half), Interval(0.0, 0.0, 0.0)
-    defaults = {"relative": speed, "conflict": float("nan"), "conflict_with": "", "literal": None}
+    defaults = {"relative": speed, "rank": (1, 1), "conflict": float("nan"), "conflict_with": "", "literal": None}
     return Cluster(name, 9, none, 0.0, none, 0.0, interval, **defaults | more)
 
 
@@ -338,7 +368,7 @@ def test_warnings_by_hand():
             cluster("fast", 1.0, 0.1, conflict=-0.5, conflict_with="slow"),
             cluster("slow", 0.05, 0.1, conflict=-0.5, conflict_with="fast"),
             cluster("unsure", -0.1, 0.2),
-            cluster("hurt", -0.3, 0.2, literal=Literal(1.0, 1.0, 1.0, 1.0, 0.7)),
+            cluster("hurt", -0.3, 0.2, literal=Literal(1.0, 1.0, 1.0, 1.0, 0.7, 0.5, 0.5)),
         ],
     )  # fmt: skip
     assert [line.split(":")[0] for line in warnings] == [
@@ -412,6 +442,15 @@ def test_labels_that_are_missing_or_unknown_are_refused_with_what_there_is():
         clusters_of([*rows, {"user": "b"}], "user", torch.zeros(3, 2))
 
 
+def test_a_behaviour_with_equal_answers_or_one_row_is_refused_before_anything_is_computed():
+    rows = [{"behaviour": name, "chosen": "Yes", "rejected": "No"} for name in "aabb"]
+    check_labels(rows, "behaviour")
+    check_labels(rows, "kmeans:2")
+    for broken in ([*rows[:3], {**rows[3], "rejected": "Yes"}], rows[:3]):
+        with pytest.raises(UserError, match=r"^behaviour 'b' has 1 pair\(s\) with different answers, too few"):
+            check_labels(broken, "behaviour")
+
+
 def test_sources_are_compared_on_the_prompts_that_all_of_them_have():
     rows = [
         {"prompt": p, "source": s} for p, s in (("a", "revised"), ("b", "revised"), ("b", "judged"), ("c", "judged"))
@@ -431,6 +470,8 @@ def test_the_command_prints_a_table_warnings_and_writes_a_picture(model_dir, tmp
     result = run("distinguish", **recipe, out=tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "beta 0.2 starts as fast as DPO" in result.output
+    assert re.search(r"Prediction: under apo_zero, (minus|plus) is learned first; (minus|plus) last", result.output)
+    assert "Its rank with a 95 % interval" in result.output
     report = json.loads((tmp_path / "out/distinguish.json").read_text())
     assert sorted(cluster["name"] for cluster in report["clusters"]) == ["minus", "plus"]
     assert (tmp_path / "out/distinguish.png").read_bytes().startswith(b"\x89PNG")
