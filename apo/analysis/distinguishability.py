@@ -118,15 +118,10 @@ class Distinguishability:
         if len(names) < 2:
             return [f"No prediction: {names[0]} is the only group, and an order needs two"]
         middle = f", then {', '.join(names[1:-1])}" if names[1:-1] else ""
-        ranks = [
-            f"{cluster.name} {'or '.join(f'{end}. ' for end in dict.fromkeys(cluster.rank)).strip()}"
-            if cluster.rank[1] - cluster.rank[0] < 2
-            else f"{cluster.name} {cluster.rank[0]}. to {cluster.rank[1]}."
-            for cluster in self.clusters
-        ]
+        ranks = [f"{cluster.name} {' to '.join(map(str, dict.fromkeys(cluster.rank)))}" for cluster in self.clusters]
         return [
             f"Prediction: under {self.objective}, {names[0]} is learned first{middle}; {names[-1]} last",
-            f"95 % certain, as far as the choice of pairs goes: {', '.join(ranks)}",
+            f"Its rank with a 95 % interval over the choice of pairs: {', '.join(ranks)}",
         ]
 
 

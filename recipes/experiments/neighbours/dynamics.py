@@ -35,19 +35,20 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results" / "dynamics.jsonl"
 OBJECTIVES = {"dpo": dpo, "apo_zero": apo_zero, "apo_down": apo_down}
 SEEDS = range(3)
-BETA, TRAIN, HELD_OUT = 0.1, 24, 8
+BETA, TRAIN, HELD_OUT = 0.1, 24, 6
 """Statements of each behaviour."""
 HEAD_STEPS, HEAD_RATE = 100, 0.1
 """Steps and rate of the paper's run on the last layer; ours takes all statements at each step."""
 RECIPE: dict[str, Any] = {
     "lora": {"r": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": list(range(20, 30))},
-    "pairs_per_step": 8,
+    "pairs_per_step": 16,
     "samples": 0,
     "probe": 0,
     "trainer": {
         "learning_rate": 2e-3,
         "lr_scheduler_type": "constant",
         "max_steps": 24,
+        "train_sampling_strategy": "sequential",
         "logging_steps": 4,
         "eval_strategy": "no",
         "save_strategy": "no",
@@ -72,7 +73,16 @@ def write_pairs(out: Path, seed: int) -> None:
     for behaviour in BEHAVIOURS:
         for split, statements in persona_rows(behaviour, seed, TRAIN, HELD_OUT).items():
             rows[split] += read_persona(Path(f"{behaviour}.jsonl"), statements)
+    # One statement of each behaviour and answer after another: each batch of 16 has one of each, so that the base rate of
+    # Yes, which is no behaviour, gets no gradient.
     for split, pairs in rows.items():
+        places: dict[tuple[str, str], int] = {}
+        keyed = []
+        for pair in pairs:
+            kind = pair["behaviour"], pair["chosen"][-3:]
+            places[kind] = places.get(kind, -1) + 1
+            keyed.append((places[kind], *kind, pair))
+        pairs = [pair for *_, pair in sorted(keyed, key=lambda entry: entry[:3])]
         (out / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
 
 
