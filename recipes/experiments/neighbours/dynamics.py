@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,16 +74,13 @@ def write_pairs(out: Path, seed: int) -> None:
     for behaviour in BEHAVIOURS:
         for split, statements in persona_rows(behaviour, seed, TRAIN, HELD_OUT).items():
             rows[split] += read_persona(Path(f"{behaviour}.jsonl"), statements)
-    # One statement of each behaviour and answer after another: each batch of 16 has one of each, so that the base rate of
+    # One statement of each behaviour and answer after another: a batch of 16 has one of each, so that the base rate of
     # Yes, which is no behaviour, gets no gradient.
     for split, pairs in rows.items():
-        places: dict[tuple[str, str], int] = {}
-        keyed = []
+        kinds: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
         for pair in pairs:
-            kind = pair["behaviour"], pair["chosen"][-3:]
-            places[kind] = places.get(kind, -1) + 1
-            keyed.append((places[kind], *kind, pair))
-        pairs = [pair for *_, pair in sorted(keyed, key=lambda entry: entry[:3])]
+            kinds[pair["behaviour"], pair["chosen"].endswith("Yes")].append(pair)
+        pairs = [pair for group in zip(*kinds.values(), strict=True) for pair in group]
         (out / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
 
 
