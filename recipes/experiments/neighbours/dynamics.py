@@ -1,7 +1,7 @@
 """In which order are behaviours learned, and can it be predicted? After Im & Li (arXiv 2403.18742), on SmolLM2-135M.
 
-    CLAIR_REAL_MODEL=... python -m recipes.experiments.neighbours.dynamics      # 40 CPU minutes; goes on where it was
-    python -m recipes.experiments.neighbours.dynamics --write                   # table and picture from the raw results
+    CLAIR_REAL_MODEL=... python -m recipes.experiments.neighbours.dynamics     # 15 CPU minutes; goes on where it was
+    python -m recipes.experiments.neighbours.dynamics_page --write             # tables and picture from raw results
 
 A seed draws the statements of eight behaviours (persona.py), and which of their items are held out.
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results" / "dynamics.jsonl"
 OBJECTIVES = {"dpo": dpo, "apo_zero": apo_zero, "apo_down": apo_down}
-SEEDS = range(3)
+HEAD_SEEDS, TRAIN_SEEDS = range(5), range(3)
 BETA, TRAIN, HELD_OUT = 0.1, 24, 6
 """Statements of each behaviour."""
 HEAD_STEPS, HEAD_RATE = 100, 0.1
@@ -196,15 +196,9 @@ def run_train(model: Path, data: Path, out: Path, objective: str, seed: int) -> 
 
 
 def cells() -> list[dict[str, Any]]:
-    """All cells, seed by seed, so that a run that is stopped has whole seeds."""
-    return [
-        cell
-        for seed in SEEDS
-        for cell in (
-            {"part": "head", "seed": seed},
-            *({"part": "train", "objective": o, "seed": seed} for o in OBJECTIVES),
-        )
-    ]
+    """All cells in the order in which they run: the cheap ones first, then training seed by seed."""
+    trained = [{"part": "train", "objective": name, "seed": seed} for seed in TRAIN_SEEDS for name in OBJECTIVES]
+    return [{"part": "head", "objective": None, "seed": seed} for seed in HEAD_SEEDS] + trained
 
 
 def run_cell(cell: Mapping[str, Any], model: Path, out: Path) -> dict[str, Any]:
@@ -235,10 +229,8 @@ def main() -> None:
         for cell in ({"part": "train", "objective": "dpo", "seed": 100},):
             print(json.dumps(run_cell(cell, model, args.out / "pilot")))
         return
-    present = [{key: line.get(key) for key in ("part", "objective", "seed")} for line in read_results()]
-    for cell in cells():
-        if {"objective": None, **cell} in present:
-            continue
+    present = [{key: line[key] for key in ("part", "objective", "seed")} for line in read_results()]
+    for cell in (cell for cell in cells() if cell not in present):
         line = run_cell(cell, model, args.out)
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a", encoding="utf-8") as file:
