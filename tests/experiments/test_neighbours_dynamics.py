@@ -1,4 +1,4 @@
-"""The order of learning on persona statements: the statements, the published format, the head, and the page's figures."""
+"""The order of learning on persona statements: statements, the published format, the head, the page's figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def test_half_of_the_statements_are_answered_yes_and_held_out_items_are_new(beha
         statements = " | ".join(row["statement"] for row in rows)
         ends = [f"{item}{end}" for item in (*template.says, *template.denies) for end in ".,?"]
         used[split] = {end for end in ends if f" {end}" in statements}
-    assert used["train"] and used["test"] and not used["train"] & used["test"]
+    assert used["train"]
+    assert used["test"]
+    assert not used["train"] & used["test"]
     with pytest.raises(UserError, match="an even number from 2 to 24 needed"):
         persona_rows(behaviour, 0, 24, 26)
 
