@@ -154,7 +154,7 @@ def train_head(
         with torch.no_grad():
             values = (loss, right, *evaluate(rows, 1))
         for name, value in zip(names, values, strict=True):
-            curves[name].append(round(float(value), 5))
+            curves[name].append(round(float(value.detach()), 5))
         if step < HEAD_STEPS:
             (gradient,) = torch.autograd.grad(loss, rows)
             rows = (rows - HEAD_RATE * gradient).detach()
