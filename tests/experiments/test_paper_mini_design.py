@@ -47,11 +47,11 @@ def test_the_designs_have_the_sizes_that_were_written_down():
 
 def test_the_small_look_runs_every_design():
     rows = {}
-    for name in ("D0", "D1", "D2", "D3"):
+    for name in ("D0", "D1", "D2", "D3", "D4"):
         while runs := due(name, SMALL, PASSED, rows):
             rows |= finished(runs)
     assert len(rows) < 70
-    assert {row["pairs"] for row in rows.values()} == {"clair", "dose-1", "dose-2", "dose-3", "weak", "strong"}
+    assert {row["pairs"] for row in rows.values()} == {"clair", "delta", "dose-1", "dose-2", "dose-3", "weak", "strong"}
 
 
 def test_the_second_design_tests_a_regime_after_its_gate_and_at_the_selected_rate():
@@ -86,6 +86,16 @@ def test_doses_use_the_runs_of_the_first_design_for_the_correction_alone():
     runs = due("D3", FULL, PASSED, rows)
     assert len(runs) == 3 * 6 * 3
     assert {run.pairs for run in runs} == {"dose-1", "dose-2", "dose-3"}
+
+
+def test_delta_pairs_are_held_against_the_runs_of_the_first_design():
+    rows = finished(due("D1", FULL, PASSED, {}))
+    tuning = due("D4", FULL, PASSED, rows)
+    assert len([run for run in tuning if run.pairs == "delta"]) == 27
+    rows |= finished(tuning)
+    runs = due("D4", FULL, PASSED, rows)
+    assert {(run.pairs, run.objective) for run in runs} == {("delta", name) for name in ("sft", "dpo", "apo_zero")}
+    assert len(runs) == 18
 
 
 def test_tuning_sees_other_contents_than_the_test():

@@ -8,8 +8,12 @@ from random import Random
 
 import pytest
 
+from clair.core.errors import UserError
 from clair.data.contrast import contrast_of
 from clair.data.dataset import read_rows
+from recipes.experiments.paper_mini.delta import build_delta, delta_sides
+from recipes.experiments.paper_mini.design import Run
+from recipes.experiments.paper_mini.run import train_run
 from recipes.experiments.paper_mini.worlds import (
     DOSES,
     TARGET_RIGHT,
@@ -23,6 +27,7 @@ from recipes.experiments.paper_mini.worlds import (
     gates_of,
     is_well_formed,
     judged_sides,
+    make_world,
     prompts,
     questions,
     region,
@@ -168,3 +173,46 @@ def test_a_set_has_the_same_pairs_each_time_and_as_many_as_it_should(tmp_path):
     rows = list(read_rows(tmp_path / "a", ["train"]))
     assert len(rows) == TRAIN_PAIRS
     assert build_pairs(WORLD, answered[:20], "clair", tmp_path / "c")["train"] < TRAIN_PAIRS
+
+
+# ---- delta pairs
+
+
+def test_the_better_writer_is_chosen_whoever_is_right_and_equal_answers_are_no_pair():
+    difficulty, rng = difficulties(3, "writers"), Random(0)
+    sides = [(task, delta_sides(task, difficulty, rng)) for task in TASKS]
+    right = [(is_right(task, pair[0]), is_right(task, pair[1])) for task, pair in sides if pair]
+    assert 0 < len(right) < len(TASKS)
+    assert (False, True) not in right
+    assert Counter(right).keys() == {(True, True), (True, False), (False, False)}
+
+
+@pytest.mark.slow
+def test_delta_pairs_have_the_tokens_of_the_clair_pairs_and_no_longer_winners(tmp_path):
+    world = world_of("regions-903")
+    tasks = list(islice(prompts(world), 120))
+    build_pairs(world, [(task, task.wrong) for task in tasks], "clair", tmp_path / "worlds/regions-903/clair")
+    measured = build_delta("regions-903", tmp_path, candidates=700)
+    assert measured["pairs"] % 8 == 0
+    assert 0.8 * measured["clair_tokens"] < measured["tokens"] <= measured["clair_tokens"]
+    assert measured["longer_before"] > 1 > measured["longer"]
+    assert measured["winners_right"] > measured["losers_right"]
+    folder = tmp_path / "worlds/regions-903"
+    counts = [len(list(read_rows(folder / "delta", [split]))) for split in ("train", "test")]
+    assert counts == [measured["pairs"], TEST_PAIRS]
+    assert build_delta("regions-903", tmp_path) == measured
+    (folder / "delta.json").unlink()
+    with pytest.raises(UserError, match="40 prompts give too few delta pairs"):
+        build_delta("regions-903", tmp_path, candidates=40)
+
+
+@pytest.mark.slow
+def test_a_delta_set_is_trained_on_as_any_other(tmp_path):
+    name = "quickstart-903"
+    make_world(name, tmp_path)
+    measured = build_delta(name, tmp_path)
+    line = train_run(Run(name, "delta", "apo_zero", 5e-5, 0.1, 1, 1), tmp_path)
+    assert [checkpoint["epoch"] for checkpoint in line["checkpoints"]] == [0, 1]
+    first, last = (checkpoint["pairs"]["logps/rejected"] for checkpoint in line["checkpoints"])
+    assert last < first
+    assert measured["pairs"] != TRAIN_PAIRS

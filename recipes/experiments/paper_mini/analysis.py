@@ -195,6 +195,16 @@ def judge_claims(values: Sequence[Sequence[float] | None], margin: int | None) -
     return result
 
 
+def delta_verdict(difference: Sequence[float], margin: int | None) -> str:
+    """The verdict of D4's one test on the differences by world, CLAIR's gain minus that of delta pairs."""
+    test = paired_difference([0.0] * len(difference), difference, range(len(difference)))
+    if test.p < 0.05:
+        return f"{'CLAIR' if test.estimate.mean > 0 else 'delta'} pairs gain more"
+    if margin and equivalence_p(test.estimate, margin / 100) < 0.05:
+        return f"equal within {margin} points"
+    return "undecided"
+
+
 # ---- D0: tolerance, and the margin
 
 

@@ -1,9 +1,10 @@
-"""The designs D0 to D3 and their runs. They were written down before their first run: docs/log/2026-11-29-evidence.md.
+"""The designs D0 to D4 and their runs. They were written down before their first run: docs/log/2026-11-29-evidence.md.
 
 D0   clean CLAIR pairs on the quickstart's model: objectives, rates and betas
 D1   CLAIR pairs at rates that all objectives share
 D2   pairs of two writers who are worse than the target (weak) or better (strong), by objective
 D3   CLAIR pairs whose winners are rewritten beyond the correction, by dose
+D4   CLAIR pairs against pairs of two writers who are both worse than the target, at equal tokens, by objective
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any, Literal
 
 from clair.core.files import content_hash
 from clair.core.statistics import clustered_mean
-from recipes.experiments.paper_mini.worlds import DOSES, QUESTIONS_PER_TEMPLATE, TEMPLATES
+from recipes.experiments.paper_mini.worlds import CONTRASTED, DOSES, QUESTIONS_PER_TEMPLATE, TEMPLATES
 
 VERSION = 1
 """Part of the key of each run. Raise it if a run's meaning changes."""
-NAMES = ("D0", "D1", "D2", "D3")
+NAMES = ("D0", "D1", "D2", "D3", "D4")
 OBJECTIVES = ("sft", "dpo", "apo_zero", "apo_down")
 MARGIN_TO_STOP, EPOCHS_TO_STOP = 0.10, 3
-Name = Literal["D0", "D1", "D2", "D3"]
+Name = Literal["D0", "D1", "D2", "D3", "D4"]
 Rows = Mapping[str, Mapping[str, Any]]
 """Finished runs by their key."""
 
@@ -71,7 +72,7 @@ class Design:
     dose_objectives: tuple[str, ...] = ("sft", "dpo", "apo_zero")
 
     def worlds_of(self, name: Name) -> list[str]:
-        """The worlds in which the design is tested."""
+        """The worlds in which the design is tested; those of D4 are D2's and D3's."""
         if name == "D0":
             return [f"quickstart-{draw}" for draw in range(self.draws)]
         return [f"regions-{seed}" for seed in range(self.worlds if name == "D1" else self.regime_worlds)]
@@ -178,6 +179,18 @@ def runs_of(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) 
             for rate in design.rates
             for beta in (design.betas if objective != "sft" else design.betas[:1])
         ]
+    if name == "D4":
+        result = [
+            run
+            for pairs in CONTRASTED
+            for run in _at_all_rates(design, tuning, pairs)
+            if run.objective in design.dose_objectives
+        ]
+        for pairs in CONTRASTED:
+            for objective in design.dose_objectives:
+                if setting := select(design, pairs, objective, tuning, rows):
+                    result += [design.run(world, pairs, objective, setting.learning_rate) for world in worlds]
+        return result
     if name == "D3":
         return [
             design.run(world, pairs, objective, setting.learning_rate)

@@ -1,4 +1,4 @@
-"""Run the missing runs of the designs D0 to D3, and keep each result as one line.
+"""Run the missing runs of the designs D0 to D4, and keep each result as one line.
 
     python -m recipes.experiments.paper_mini.run D0 [D1 ...] [--workers N]    # continue where it was stopped
     python -m recipes.experiments.paper_mini.run --small                      # all, tiny, into runs/evidence-small
@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from clair.core.errors import UserError
+from clair.core.files import read_json
 from clair.core.provenance import provenance
 from clair.pipeline.build import lock_output
 from recipes.experiments.paper_mini import results
+from recipes.experiments.paper_mini.delta import build_delta
 from recipes.experiments.paper_mini.design import (
     EPOCHS_TO_STOP,
     FULL,
@@ -63,6 +65,7 @@ def train_config(run: Run, target: Path, pairs: Path, out: Path) -> Any:
     """The training recipe of a run."""
     from apo.training.config import TrainConfig
 
+    count = read_json(pairs.with_name("delta.json"))["pairs"] if run.pairs == "delta" else TRAIN_PAIRS
     trainer = {
         "learning_rate": run.learning_rate,
         "num_train_epochs": run.epochs,
@@ -73,7 +76,7 @@ def train_config(run: Run, target: Path, pairs: Path, out: Path) -> Any:
         "use_cpu": True,
         "eval_on_start": True,
         "eval_strategy": "steps",
-        "eval_steps": run.every * TRAIN_PAIRS // BATCH,
+        "eval_steps": run.every * count // BATCH,
     }
     recipe = {
         "model": str(target),
@@ -208,6 +211,10 @@ def _run_due(
         worlds = dict.fromkeys(run.world for run in runs)
         missing = [world for world in worlds if not (folder / "worlds" / world / "world.json").exists()]
         _make_worlds(pool, missing, folder, passed, record, log)  # those whose measurements alone are known
+        if name == "D4":
+            unmade = {w: (w, folder) for w in worlds if not (folder / "worlds" / w / "delta.json").exists()}
+            for world, measured in completed(pool, build_delta, unmade):
+                record({"kind": "delta", "name": world, **measured})
         for key, line in completed(pool, train_run, {run.key: (run, folder) for run in runs}):
             rows[key] = record({"kind": "run", "key": key, **line})
             done += 1
@@ -245,7 +252,7 @@ def collect(run: Path, committed: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the missing runs of the designs.")
-    parser.add_argument("designs", nargs="*", metavar="DESIGN", help="D0, D1, D2, D3; absent: all, in this order")
+    parser.add_argument("designs", nargs="*", metavar="DESIGN", help="D0, D1, D2, D3, D4; absent: all, in this order")
     parser.add_argument("--small", action="store_true", help=f"a quick look at all of them, into {SMALL_RUN}")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument("--run", type=Path, help=f"the folder of worlds and results, {RUN} if absent")

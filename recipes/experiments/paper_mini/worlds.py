@@ -7,6 +7,7 @@ The worlds named `quickstart-N` have the quickstart's model as their target, whi
     RUN/worlds/NAME/target       the target
     RUN/worlds/NAME/SET          pairs to train on (train) and held out (test), one folder for each of `sets_of`
     RUN/worlds/NAME/world.json   the measurements of the world and its gates
+    RUN/worlds/NAME/delta        the pairs of D4, made by `delta` when they are needed
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ WRITERS_WORDING = (0.3, 0.4, 0.3)
 JUDGE_ERROR = 0.05
 DOSES = ("clair", "dose-1", "dose-2", "dose-3")
 """Correction only; then the winner's opening, its closing, and its sentence are rewritten too."""
+CONTRASTED = ("clair", "delta")
+"""The two sets of D4."""
 MIN_SAMPLE_NATS, MIN_WELL_FORMED, MIN_REGIONAL, MAX_RIGHT_DEVIATION = -2.0, 0.98, 0.90, 0.08
 """Gates of a target: log-likelihood of its own samples in nats, share of well-formed samples, share of greedy answers
 that are as their region says, distance of its rightness from `TARGET_RIGHT`."""
