@@ -115,6 +115,26 @@ def draw_order(check: OrderCheck, path: str | Path, title: str = "") -> None:
     figure.savefig(path, format="png")
 
 
+def draw_curve(curve: Mapping[str, Any], path: str | Path) -> None:
+    """Plot a result of `apo reward curve`: accuracy over the number of comparisons, with intervals."""
+    points = curve["points"]
+    shots = [point["shots"] for point in points]
+    figure = _figure(6.5, 4.2, 150)
+    axes = figure.subplots()
+    _set_frame(axes, "Users not seen in training", f"accuracy on their further comparisons, {curve['splits']} splits")
+    axes.set_xlabel("comparisons of the user", fontsize=8.5, color=QUIET)
+    axes.set_xscale("log")
+    axes.set_xticks(shots, [str(n) for n in shots])
+    axes.minorticks_off()
+    lines = {"adapted": (curve["kind"], COLORS["chosen"]), "alone": ("of the user alone", COLORS["rejected"])}
+    for key, (name, color) in {**lines, "bradley_terry": ("Bradley-Terry", QUIET)}.items():
+        means, lows, highs = ([point[key][part] for point in points] for part in ("mean", "lo", "hi"))
+        axes.plot(shots, means, color=color, marker="o", markersize=4, label=name)
+        axes.fill_between(shots, lows, highs, color=color, alpha=0.15, linewidth=0)
+    axes.legend(frameon=False, fontsize=8.5)
+    figure.savefig(path, format="png")
+
+
 def draw_sweep(result: Mapping[str, Any], path: str | Path) -> None:
     """Plot the runs of `apo sweep`, a row each, on the held-out pairs with 95 % intervals.
 

@@ -78,8 +78,7 @@ def fit(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_
     if config.kind != "bradley_terry" and len(data.users) == 1:
         raise UserError(f"all comparisons are of one user, {data.users[0]!r}: there is one taste; use bradley_terry")
     training, held_out = split(data, (0.9, 0.1), config.seed)
-    options = config.model_dump(include={"prototypes", "by_prompt", "beta", "bounded", "seed"})
-    scorer = fit_best(config.kind, data, training, held_out, **options)
+    scorer = fit_best(config.kind, data, training, held_out, **config.fit_options())
     measured: dict[str, Any] = {"comparisons": len(data), "held_out": len(held_out)}
     if len(held_out):
         measured |= {"accuracy": accuracy(scorer, held_out), "nll": float(nll(scorer, held_out).mean())}
@@ -99,6 +98,41 @@ def fit(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_
     reward = Reward.from_fit(scorer, data, pairs, config.model, **extra)
     reward.save(config.out)
     print_line(f"wrote {config.out}")
+
+
+@app.command(context_settings=EXTRA_ARGUMENTS)
+def curve(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_: Overrides = None) -> None:
+    """Measure accuracy on users whom the fit has not seen, after a few of their comparisons, over random splits."""
+    from apo.rewards.config import CurveConfig
+
+    config = read_recipe(context, CurveConfig, recipe, set_, out)
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from apo.console import print_line
+    from apo.monitoring.plots import draw_curve
+    from apo.rewards.reward_dir import to_comparisons
+    from apo.rewards.unseen_users import METHODS, check_folder, measure, summarise
+    from clair.core.console import show as print_
+    from clair.core.files import content_hash, write_json
+
+    check_folder(config)
+    pairs = _with_users(_encode(config, prompt=config.by_prompt))
+    check_folder(config, content_hash([pairs.features.model, pairs.rows]))
+    results = measure(config, to_comparisons(pairs), [row["split"] == "test" for row in pairs.rows], print_line)
+    summary = summarise(results, config)
+    write_json(config.out / "curve.json", summary)
+    draw_curve(summary, config.out / "curve.png")
+    table = Table("", "users", config.kind, "Bradley-Terry", "the user alone", box=SIMPLE)
+    table.title = f"% right after so many comparisons of the user, {config.splits} splits"
+    for point in summary["points"]:
+        estimates = (point[name] for name in METHODS)
+        cells = (f"{100 * e['mean']:.1f} [{100 * e['lo']:.0f}, {100 * e['hi']:.0f}]" for e in estimates)
+        table.add_row(str(point["shots"]), str(point["users"]), *cells)
+    print_(table)
+    for note in summary["notes"]:
+        print_line(f"note: {note}")
+    print_line(f"wrote {config.out}/curve.json and curve.png")
 
 
 @app.command(context_settings=EXTRA_ARGUMENTS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ from clair.core.recipe import Recipe, check_used
 from clair.storage.location import LocalPath
 
 RewardKind = Literal["bradley_terry", "pal", "vpl"]
+Distance = Literal["squared", "norm"]
+Loss = Literal["logistic", "hinge"]
 
 
 class FeatureConfig(Recipe):
@@ -45,6 +47,8 @@ class FitConfig(FeatureConfig):
     kind: RewardKind = "bradley_terry"
     prototypes: int = Field(default=2, ge=1)
     by_prompt: bool = False
+    distance: Distance = "squared"
+    loss: Loss = "logistic"
     beta: float = Field(default=1e-3, ge=0)
     bounded: bool = False
     seed: int = 0
@@ -52,8 +56,30 @@ class FitConfig(FeatureConfig):
 
     @model_validator(mode="after")
     def _check_used(self) -> FitConfig:
-        check_used(self, self.kind == "pal", "kind: pal", "prototypes", "by_prompt")
+        check_used(self, self.kind == "pal", "kind: pal", "prototypes", "by_prompt", "distance", "loss")
+        check_used(self, not self.by_prompt, "by_prompt: false", "distance")
         return check_used(self, self.kind == "vpl", "kind: vpl", "beta", "bounded")
+
+    def fit_options(self) -> dict[str, Any]:
+        """Return the options of a fit (`model_selection.fit_best`) besides its kind."""
+        return self.model_dump(include={"prototypes", "by_prompt", "distance", "loss", "beta", "bounded", "seed"})
+
+
+class CurveConfig(FitConfig):
+    """Comparisons of many users, and how many comparisons locate a user whom the fit has not seen."""
+
+    kind: RewardKind = "pal"
+    shots: list[int] = Field(default=[1, 2, 5, 10, 20, 50, 100], min_length=1)
+    splits: int = Field(default=20, ge=1)
+    unseen: float = Field(default=0.2, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_curve(self) -> CurveConfig:
+        if self.kind == "bradley_terry":
+            raise ValueError("bradley_terry has one reward for all users and learns nothing of one; give pal or vpl")
+        if min(self.shots) < 1 or sorted(set(self.shots)) != self.shots:
+            raise ValueError("shots are numbers of comparisons, 1 or more, each larger than the one before")
+        return self
 
 
 class ScoreConfig(Recipe):

@@ -30,46 +30,28 @@ STARTS = 3
 
 
 def new_scorer(
-    kind: str,
-    data: Comparisons,
-    *,
-    prototypes: int = 2,
-    by_prompt: bool = False,
-    beta: float = 1e-3,
-    bounded: bool = False,
-    seed: int = 0,
+    kind: str, data: Comparisons, *, seed: int = 0, beta: float = 1e-3, bounded: bool = False, **options: Any
 ) -> Scorer:
-    """Return an initialised scorer. Raises UserError for an unknown kind."""
+    """Return an initialised scorer; `beta` and `bounded` are VPL's, `options` PAL's. Raises UserError for the kind."""
     torch.manual_seed(seed)
     sizes = data.prompt.shape[1], data.chosen.shape[1]
     if kind == "bradley_terry":
         return BradleyTerry(sizes)
     if kind == "pal":
-        return PAL(sizes, len(data.users), prototypes, by_prompt)
+        return PAL(sizes, len(data.users), **options)
     if kind == "vpl":
         return VPL(sizes, beta=beta, bounded=bounded)
     raise UserError(f"unknown kind {kind!r}{near_miss(kind, KINDS)}; allowed: {', '.join(KINDS)}")
 
 
 def fit_best(
-    kind: str,
-    data: Comparisons,
-    training: Comparisons,
-    valid: Comparisons,
-    *,
-    prototypes: int = 2,
-    by_prompt: bool = False,
-    beta: float = 1e-3,
-    bounded: bool = False,
-    seed: int = 0,
+    kind: str, data: Comparisons, training: Comparisons, valid: Comparisons, *, seed: int = 0, **options: Any
 ) -> Scorer:
     """Return a scorer for the users of `data`, fitted on `training`: the best of several starts."""
-    starts = STARTS if kind == "pal" and prototypes > 1 else 1
+    starts = STARTS if kind == "pal" and options.get("prototypes", 2) > 1 else 1
     scorers = []
     for start in (seed + 1000 * number for number in range(starts)):
-        options = {"prototypes": prototypes, "by_prompt": by_prompt, "beta": beta, "bounded": bounded}
-        scorer = new_scorer(kind, data, **options, seed=start)
-        scorers.append(fit(scorer, training, valid, seed=start))
+        scorers.append(fit(new_scorer(kind, data, seed=start, **options), training, valid, seed=start))
     return min(scorers, key=lambda scorer: float(nll(scorer, training).mean()))
 
 

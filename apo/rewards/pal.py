@@ -3,21 +3,27 @@
 A user prefers the answer that is nearer to their ideal point. f is a shared map, and w_u = softmax(v_u) weights the K
 prototypes. Each user has K parameters; all other parameters are shared.
 
-    PAL-A   a_u = f(sum_k w_uk P_k),          margin = |f(rejected) - a_u|^2 - |f(chosen) - a_u|^2
+    PAL-A   a_u = f(sum_k w_uk P_k),          margin = s (dist(f(rejected), a_u) - dist(f(chosen), a_u))
     PAL-B   a_u(c) = sum_k w_uk g_k(phi(c)),  margin = s (cos(f(chosen), a_u(c)) - cos(f(rejected), a_u(c)))
 
-The loss -log sigmoid(margin) moves the chosen answer nearer to a_u. Each vector is that of the last token. A new user
-is located by fitting v alone. With K = 1, all users have the same reward.
+The distance is squared, or the Euclidean norm. The loss is logistic, -log sigmoid(margin), or the hinge,
+max(0, 1 - margin); both move the chosen answer nearer to a_u. A new user is located by fitting v alone. With K = 1,
+all users have the same reward.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, softplus
+from torch.nn.functional import cosine_similarity, relu, softplus
 
 from apo.rewards.scorer import Comparisons, ResidualMLP, Scorer, mlp
 from clair.core.errors import UserError
+
+if TYPE_CHECKING:
+    from apo.rewards.config import Distance, Loss
 
 
 class PAL(Scorer):
@@ -26,10 +32,19 @@ class PAL(Scorer):
     kind = "pal"
     per_user = frozenset({"v"})
 
-    def __init__(self, sizes: tuple[int, int], users: int, prototypes: int = 2, by_prompt: bool = False) -> None:
+    def __init__(
+        self,
+        sizes: tuple[int, int],
+        users: int,
+        prototypes: int = 2,
+        by_prompt: bool = False,
+        distance: Distance = "squared",
+        loss: Loss = "logistic",
+    ) -> None:
         if prototypes < 1:
             raise UserError(f"prototypes is {prototypes}; it is 1 or more")
-        super().__init__(sizes, {"users": users, "prototypes": prototypes, "by_prompt": by_prompt})
+        options = {"users": users, "prototypes": prototypes, "by_prompt": by_prompt}
+        super().__init__(sizes, {**options, "distance": distance, "loss": loss})
         width = self.answers.basis.shape[1]
         self.f = mlp(width, width)
         self.v = nn.Parameter(torch.randn(users, prototypes))
@@ -54,12 +69,18 @@ class PAL(Scorer):
             projected = self.prompts(prompt)
             ideal = (torch.stack([g(projected) for g in self.g], -1) * state[:, None, :]).sum(-1)
             return self.scale.exp().clamp(max=100) * cosine_similarity(x, ideal, dim=-1)
-        ideal = self.embed(state @ self.prototypes)
-        return -self.scale.exp() * ((x - ideal) ** 2).sum(-1) / x.shape[-1]
+        square = ((x - self.embed(state @ self.prototypes)) ** 2).sum(-1)
+        if self.options["distance"] == "norm":
+            return -self.scale.exp() * (square / x.shape[-1] + 1e-12).sqrt()  # the root has no gradient at 0
+        return -self.scale.exp() * square / x.shape[-1]
 
     def loss(self, batch: Comparisons, step: int) -> Tensor:
         state = self.v.softmax(-1)[batch.user]
-        return softplus(-self.margin(batch.prompt, batch.chosen, batch.rejected, state)).mean()
+        return self._loss(batch, state)
+
+    def _loss(self, batch: Comparisons, state: Tensor) -> Tensor:
+        margin = self.margin(batch.prompt, batch.chosen, batch.rejected, state)
+        return (relu(1 - margin) if self.options["loss"] == "hinge" else softplus(-margin)).mean()
 
     def user_states(self, data: Comparisons) -> Tensor:
         return self.v.softmax(-1)
@@ -72,8 +93,7 @@ class PAL(Scorer):
         optimizer = torch.optim.Adam([v], lr=rate)
         for _ in range(steps):
             state = v.softmax(-1).expand(len(comparisons), -1)
-            margin = self.margin(comparisons.prompt, comparisons.chosen, comparisons.rejected, state)
-            loss = softplus(-margin).mean() + 1e-3 * (v**2).sum()
+            loss = self._loss(comparisons, state) + 1e-3 * (v**2).sum()
             optimizer.zero_grad()
             (v.grad,) = torch.autograd.grad(loss, [v])
             optimizer.step()

@@ -34,14 +34,15 @@ def configs() -> dict[str, type[BaseModel]]:
     from apo.evaluation.stability.config import StabilityConfig
     from apo.evaluation.winrate.run import WinrateConfig
     from apo.guarantees.config import CalibrateConfig, CertifyConfig
-    from apo.rewards.config import AdaptConfig, FitConfig, ScoreConfig, SelectConfig
+    from apo.rewards.config import AdaptConfig, CurveConfig, FitConfig, ScoreConfig, SelectConfig
     from apo.training.config import TrainConfig
     from clair.pipeline.config import BuildConfig
     from clair.rounds.config import IterateConfig
 
     # The roles of evaluations are those of builds, with other defaults: only their own keys have tables.
     evaluations = [AdviseConfig, IFEvalConfig, MixEvalConfig, WinrateConfig, PairsConfig, StabilityConfig]
-    analyses = [DistinguishConfig, CalibrateConfig, CertifyConfig, SelectConfig, FitConfig, ScoreConfig, AdaptConfig]
+    analyses = [DistinguishConfig, CalibrateConfig, CertifyConfig]
+    analyses += [SelectConfig, FitConfig, CurveConfig, ScoreConfig, AdaptConfig]
     by_name: dict[str, type[BaseModel]] = {model.__name__: model for model in evaluations + analyses}
     todo: list[type[BaseModel]] = [BuildConfig, TrainConfig, IterateConfig]
     while todo:

@@ -328,6 +328,9 @@ def test_rewards_without_users_or_with_one_are_refused_and_odd_users_reported(wo
     assert "no pair has a user" in failure("reward fit", **recipe, kind="vpl", dataset=none)
     assert "'vpl'" in failure("reward fit", **recipe, kind="vpll", dataset=single)
     assert "beta is for kind: vpl" in failure("reward fit", **recipe, kind="pal", beta=1, dataset=single)
+    assert "loss is for kind: pal" in failure("reward fit", **recipe, kind="vpl", loss="hinge", dataset=single)
+    by_prompt = {"kind": "pal", "by_prompt": True, "distance": "norm"}
+    assert "distance is for by_prompt: false" in failure("reward fit", **recipe, **by_prompt, dataset=single)
     assert "holds a reward already" in failure("reward fit", **{**recipe, "out": world / "pal"}, dataset=single)
     turned = {**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"], "id": "t"}
     odd = [*rows, turned, {**rows[1], "user": "once"}, {**rows[2], "user": None}]

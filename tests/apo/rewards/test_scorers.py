@@ -244,6 +244,33 @@ def test_every_reward_learns_one_taste_and_scores_through_one_interface(kind):
     assert ((rates >= 0) & (rates <= 1)).all()
 
 
+def test_the_margins_of_pal_are_differences_of_distances_and_its_losses_push_the_same_way():
+    data = comparisons(toy.bimodal(4, 6))
+    state = torch.tensor([[0.3, 0.7]]).expand(len(data), -1)
+
+    def scorer(**options) -> PAL:
+        return new_scorer("pal", data, seed=3, **options)
+
+    def margins(pal: PAL) -> torch.Tensor:
+        return pal.margin(data.prompt, data.chosen, data.rejected, state).detach()
+
+    pal = scorer()
+    ideal = pal.embed(state @ pal.prototypes)
+    chosen, rejected = ((pal.embed(pal.answers(x)) - ideal).norm(dim=-1) for x in (data.chosen, data.rejected))
+    assert torch.allclose(margins(pal), (rejected**2 - chosen**2) / 8, atol=1e-5)
+    norms = margins(scorer(distance="norm"))
+    assert torch.allclose(norms, (rejected - chosen) / 8**0.5, atol=1e-5)
+    own_state = pal.v.softmax(-1)[data.user]
+    own = pal.margin(data.prompt, data.chosen, data.rejected, own_state).detach()
+    assert scorer(loss="hinge").loss(data, 0).item() == pytest.approx(float((1 - own).clamp(min=0).mean()), abs=1e-6)
+    assert scorer().loss(data, 0).item() == pytest.approx(float(softplus(-own).mean()), abs=1e-6)
+
+
+def test_pal_learns_and_locates_a_user_with_the_norm_and_the_hinge():
+    pal, new = fit_best("pal", toy.bimodal(12, 30), distance="norm", loss="hinge"), toy.bimodal(4, 30, seed=99)
+    assert few_shot(pal, new, 10) > 0.8
+
+
 def test_comparisons_that_cannot_be_fitted_are_refused():
     data = comparisons(toy.bimodal(2, 3))
     with pytest.raises(UserError, match="did you mean 'pal'"):
