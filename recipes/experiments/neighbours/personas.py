@@ -16,11 +16,8 @@ from typing import Any
 STATEMENTS = Path(__file__).with_name("statements.tsv")
 TRAITS = "NEOAC"
 """Neuroticism, extraversion, openness, agreeableness, conscientiousness."""
-PERSONAS = {
-    2: ("-++++", "+----"),
-    3: ("-+++-", "++--+", "--+-+"),
-}
-"""The signs of each persona's traits, by the number of personas. The two are opposites; the three agree in part."""
+PERSONAS = ("-+++-", "++--+", "--+-+")
+"""The signs of each persona's traits; every two agree in some."""
 PROMPT = "Which of these would you say of yourself?"
 COUNTS = {"train": 100, "test": 40}
 """Comparisons of each user in each split."""
@@ -32,14 +29,14 @@ def read_statements() -> list[tuple[str, str, str]]:
         return [(row["trait"], row["key"], row["statement"]) for row in csv.DictReader(file, delimiter="\t")]
 
 
-def comparisons(personas: int, users: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of both splits. User i has persona i mod K."""
-    rng = Random(f"personas-{personas}-{seed}")
+def comparisons(users: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of both splits. User i has persona i mod 3."""
+    rng = Random(f"personas-{len(PERSONAS)}-{seed}")
     statements = read_statements()
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in COUNTS}
     in_split: dict[frozenset[str], str] = {}
     for user in range(users):
-        signs = dict(zip(TRAITS, PERSONAS[personas][user % personas], strict=True))
+        signs = dict(zip(TRAITS, PERSONAS[user % len(PERSONAS)], strict=True))
         said = [text for trait, key, text in statements if key == signs[trait]]
         other = [text for trait, key, text in statements if key != signs[trait]]
         for split, count in COUNTS.items():
