@@ -14,7 +14,7 @@ def push(
     run: Annotated[Path, typer.Argument(help="The folder of a run.")],
     name: Annotated[str, typer.Argument(help="org/name on the hub.")],
     checkpoint: Annotated[
-        int | None, typer.Option(help="Push the checkpoint of this step, not the final model.")
+        int | None, typer.Option(help="Push the checkpoint of this step instead of the final model.")
     ] = None,
     evidence: Annotated[
         list[Path] | None,
@@ -23,10 +23,12 @@ def push(
     base: Annotated[
         str | None, typer.Option(help="The base model's name on the hub, if the run was trained on a folder.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make a public model; without it, it is private.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Really send it.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository public; without it, it is private.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send the files.")] = False,
 ) -> None:
-    """Send a run's model or adapter to the hub, with a card. Without --yes, only show what would be sent."""
+    """Send a run's model or adapter to the hub, with a card. Without --yes, only show the files and the card."""
     quieten()
     from apo.hub.push import files_to_push
     from apo.run_dir.files import CARD

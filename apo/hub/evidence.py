@@ -1,4 +1,4 @@
-"""Results of evaluations as lines of a model card, each checked to be of the pushed model."""
+"""Write results of evaluations as lines of a model card. Each result must be of the pushed model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 
 from apo.evaluation.pairs import RESULT as PAIRS
 from apo.evaluation.results import SCORE, read_results
+from apo.evaluation.tables import percent, percent_range
 from apo.evaluation.winrate.run import RESULT as WINRATE
 from clair.core.errors import UserError
 from clair.core.files import read_json
 
 COMPARISON = "compare.json"
 Row = tuple[str, float | None, Sequence[float] | None, str]
-"""What is measured, the share, its 95 % interval, and a remark."""
+"""The name of a measure, its share, the 95 % interval, and a remark."""
 
 
 def evidence_lines(folders: Sequence[Path], model: Path, identity: str) -> list[str]:
-    """The results in `folders` as a table of Markdown, in per cent, or points for a difference.
+    """Return the results in `folders` as a Markdown table, in per cent, or in points for a difference.
 
     `identity` is the hash of the weights in the folder `model`. Raises UserError for a folder without a result, and for
     a result of another model.
@@ -26,8 +27,7 @@ def evidence_lines(folders: Sequence[Path], model: Path, identity: str) -> list[
     rows = [row for folder in folders for row in _rows(folder, model, identity)]
     lines = ["| | % | 95 % interval | |", "|---|---|---|---|"]
     for name, value, interval, remark in rows:
-        ends = " to ".join(f"{100 * end:.1f}" for end in interval) if interval else ""
-        lines.append(f"| {name} | {'' if value is None else f'{100 * value:.1f}'} | {ends} | {remark} |")
+        lines.append(f"| {name} | {percent(value)} | {percent_range(interval)} | {remark} |")
     return lines
 
 
@@ -46,7 +46,7 @@ def _rows(folder: Path, model: Path, identity: str) -> Iterator[Row]:
     else:
         raise UserError(
             f"--evidence {folder} holds no result of `apo eval` or `apo compare` ({SCORE}, {WINRATE}, {PAIRS} or "
-            f"{COMPARISON}); give the --out of one that is finished"
+            f"{COMPARISON}); give the --out of a finished one"
         )
 
 

@@ -1,4 +1,4 @@
-"""The files of a run that go to the hub: the model, its card with the evidence, run.json and the metrics."""
+"""Collect the files of a run for the hub: the model, its card with the evidence, run.json and the metrics."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _STATE = re.compile(r"(optimizer|scheduler|rng_state|trainer_state).*")
 def files_to_push(
     run_folder: Path, name: str, *, checkpoint: int | None, base: str | None, evidence: Sequence[Path]
 ) -> dict[str, Path | bytes]:
-    """The files for the repository `name`, by their path in it.
+    """Return the files for the repository `name`, by their path in it.
 
-    They are those of the finished run, or of the checkpoint at a step: no optimizer state, ledger or sample. `base`
-    is the hub name of the base model, if the run was trained on a folder. Raises UserError if the run is not finished,
-    a checkpoint is damaged, an adapter names a folder as its base, or evidence is of another model.
+    They belong to the finished run, or to the checkpoint of a step. Optimizer states, ledgers and samples are left out.
+    `base` is the hub name of the base model, if the run was trained on a folder. Raises UserError if the run is not
+    finished, a checkpoint is damaged, an adapter names a folder as its base, or evidence is of another model.
     """
     run = read_run(run_folder)
     rows, folder = read_log(run_folder / METRICS), run_folder
@@ -56,7 +56,7 @@ def files_to_push(
 def _checkpoint(run_folder: Path, step: int) -> Path:
     folder = run_folder / f"checkpoint-{step}"
     if not folder.is_dir():
-        steps = ", ".join(str(checkpoint_step(other)) for other in checkpoints(run_folder)) or "none"
+        steps = ", ".join(str(checkpoint_step(entry)) for entry in checkpoints(run_folder)) or "none"
         raise UserError(f"{run_folder} has no checkpoint of step {step}; it has: {steps}")
     if damage := find_damage(folder):
         raise UserError(f"{folder} is damaged: {damage}; push another checkpoint")
@@ -64,7 +64,7 @@ def _checkpoint(run_folder: Path, step: int) -> Path:
 
 
 def _base_model(folder: Path, model: str, base: str | None) -> tuple[str | None, dict[str, bytes]]:
-    """The base model's name on the hub (None if unknown), and the adapter's config if it has to name that one."""
+    """Return the base model's hub name (None if unknown), and the adapter's config if it must name it."""
     config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).exists() else None
     named = str(config["base_model_name_or_path"]) if config else model
     on_hub = bool(_HUB_NAME.fullmatch(named)) and not Path(named).exists()
@@ -72,7 +72,7 @@ def _base_model(folder: Path, model: str, base: str | None) -> tuple[str | None,
         return base or (named if on_hub else None), {}
     if base is None and not on_hub:
         raise UserError(
-            f"the adapter in {folder} names its base by a folder of this machine, {named}; give its name on the hub "
+            f"the base of the adapter in {folder} is a folder of this machine, {named}; give its name on the hub "
             "with --base ORG/NAME"
         )
     return base or named, {ADAPTER_CONFIG: _json({**config, "base_model_name_or_path": base or named})}

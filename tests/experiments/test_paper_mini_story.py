@@ -170,7 +170,7 @@ def test_the_page_stays_until_the_first_design_is_whole(tmp_path, monkeypatch):
     rows = dict(measured.rows)
     rows.popitem()
     part = type(measured)(FULL, measured.worlds, {key: row for key, row in rows.items() if row["objective"] != "dpo"})
-    with pytest.raises(UserError, match=r"D0 is not whole, so .* stays as it is"):
+    with pytest.raises(UserError, match=r"D0 is not complete, so .* is not written"):
         story.write(part)
     assert not story.PAGE.exists()
     story.write(measured)

@@ -216,7 +216,7 @@ def test_real_prompts_are_as_many_as_said_and_none_is_near_the_benchmark(shared,
 
 
 def test_a_missing_data_file_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"seed_tasks\.jsonl is not there; name the data folder"):
+    with pytest.raises(UserError, match=r"seed_tasks\.jsonl is missing; give the data folder"):
         write_prompts(tmp_path, tmp_path, {"train": 1})
 
 
@@ -333,7 +333,7 @@ def test_a_failed_step_ends_the_run_with_its_exit_code_and_is_done_again(tmp_pat
     with pytest.raises(SystemExit) as end:
         steps.run(python_step(code))
     assert end.value.code == 5
-    assert "the same command goes on from here" in capfd.readouterr().err
+    assert "run the same command to continue" in capfd.readouterr().err
     assert not steps.log.exists()
     flag.touch()
     steps.run(python_step(code))

@@ -1,4 +1,4 @@
-"""How stable a judge is: the same answers judged several times, and by another judge.
+"""Measure how stable a judge is: judge the same answers several times, and by a second judge.
 
 Imports `mixeval` and `evaluation`.
 """

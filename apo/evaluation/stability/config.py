@@ -1,4 +1,4 @@
-"""The settings of a measurement of judges, and its inputs, which are checked before anything is paid for."""
+"""The recipe of `apo eval judge-stability`, and its inputs, which are checked before any request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIDES = ("base", "tuned")
 
 
 class StabilityConfig(EvaluationConfig):
-    """The answers of two models to MixEval, the judges, and how often each judges every answer."""
+    """The recipe: answers of two models to MixEval, one or two judges, and the number of judgements per answer."""
 
     data: str
     base: str
@@ -41,7 +41,7 @@ class StabilityConfig(EvaluationConfig):
     @model_validator(mode="after")
     def _fits(self) -> StabilityConfig:
         if self.second_judge == self.judge:
-            raise ValueError("second_judge is the judge itself; give another one, or leave it out")
+            raise ValueError("second_judge is the same as judge; give another one, or remove it")
         return self
 
     @property
@@ -53,7 +53,7 @@ class StabilityConfig(EvaluationConfig):
 
 @dataclass(frozen=True, slots=True)
 class StabilityInputs:
-    """The answers to judge, by model; those that a server refused are left out of both, and counted."""
+    """The answers to judge, by model. Rows without an answer of both models are left out and counted."""
 
     answers: Mapping[str, list[RowAnswer[BenchmarkRow]]]
     judge_prompts: JudgePrompts
@@ -73,8 +73,9 @@ def load_inputs(config: StabilityConfig) -> StabilityInputs:
         scores[side] = result.score
     base, tuned = scores.values()
     for key in ("version", "split", "data", "limit", "samples", "system"):
-        if (mine := getattr(tuned, key)) != (other := getattr(base, key)):
-            raise UserError(f"{config.tuned} and {config.base} differ in {key}: {mine!r} and {other!r}; use equal ones")
+        values = getattr(tuned, key), getattr(base, key)
+        if values[0] != values[1]:
+            raise UserError(f"{config.tuned} and {config.base} differ in {key}: {values[0]!r} and {values[1]!r}")
     benchmark = load(config.data, base.version, base.split)
     if dict(benchmark.sha256) != dict(base.data):
         raise UserError(f"data {config.data} is not the data that {config.base} was evaluated on; give that folder")

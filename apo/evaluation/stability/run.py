@@ -1,4 +1,4 @@
-"""Judge the same answers several times by one or two judges. Resumable: no judgement is paid for twice."""
+"""Judge the same answers several times by one or two judges. A resumed run pays for no judgement twice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from clair.inference.client import StopSignal
 from clair.ledger.ledger import Ledger
 
 Work = tuple[int, str, str, int]
-"""The index of a row, the model that answered, the judge, and the number of the judgement."""
+"""The index of a row, the model that answered, the judge, and the index of the judgement."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -36,14 +36,14 @@ class StabilityOutcome(Outcome):
 
     @property
     def headline(self) -> str | None:
-        """How often the judge flips, in per cent."""
+        """The share of flips of the judge, in per cent."""
         if self.result is None:
             return None
         return f"the judge flips {100 * self.result['judges']['judge']['flips']['overall']['flips']['mean']:.1f} %"
 
 
 def work_items(config: StabilityConfig, inputs: StabilityInputs) -> list[Work]:
-    """Every judgement."""
+    """Return one item per judgement."""
     return list(product(range(len(inputs.answers["base"])), SIDES, config.models, range(config.repeats)))
 
 
@@ -80,7 +80,7 @@ async def _run(
     rows = [row for row in range(len(inputs.answers["base"])) if row not in refused]
     refusals = [refusal for judge_ in judges.values() for refusal in judge_.refusals]
     if not rows:
-        raise UserError(f"every row was refused by a judge ({refusals[0]}); send one request by hand, or use another")
+        raise UserError(f"a judge refused every row ({refusals[0]}); send one request by hand, or use another judge")
     scores = {
         role: {side: [_scores(results, row, side, role, config.repeats) for row in rows] for side in SIDES}
         for role in clients
@@ -117,7 +117,7 @@ async def _run(
 
 
 def _scores(results: Mapping[Work, JudgeResult], row: int, side: str, role: str, repeats: int) -> list[float]:
-    """The K scores of an answer; a judgement without a verdict counts as 0."""
+    """Return the K scores of an answer; a judgement without a verdict counts as 0."""
     return [results[row, side, role, repeat].verdict.score for repeat in range(repeats)]
 
 

@@ -1,4 +1,4 @@
-"""What repeated judgements say: how often a verdict flips, and what that does to the difference of two models."""
+"""Summarize repeated judgements: how often verdicts flip, and how much that widens the interval of a difference."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from clair.core.statistics import clustered_mean, clustered_score
 RIGHT = 0.5
 """The lowest score that counts as right."""
 Scores = Sequence[Sequence[float]]
-"""The scores of N answers, K of each."""
+"""Scores of N answers, K judgements each: [N, K]."""
 
 
 def flip_rate(scores: Scores, clusters: Sequence[str]) -> dict[str, Any]:
-    """The probability that two judgements of an answer by one judge differ in whether it is right, and in the score.
+    """Return how probably two judgements of an answer by one judge differ: in right or wrong, and in the score.
 
     `unanimous` is the share of answers whose K judgements all agree. Intervals are clustered.
     """
@@ -32,8 +32,10 @@ def flip_rate(scores: Scores, clusters: Sequence[str]) -> dict[str, Any]:
 
 
 def disagreement(first: Scores, second: Scores, clusters: Sequence[str]) -> dict[str, Any]:
-    """The probability that judgements of two judges differ in whether an answer is right, and the second's mean score
-    minus the first's."""
+    """Return the probability that two judges differ in whether an answer is right, and the difference of their scores.
+
+    The difference is the second judge's mean score minus the first's.
+    """
     flips = [fmean(_flips(a, b) for a, b in product(*row)) for row in zip(first, second, strict=True)]
     return {
         "flips": mean_with_interval(flips, clusters, clustered_score),
@@ -50,11 +52,11 @@ def _flips(first: float, second: float) -> float:
 
 
 def difference(base: Scores, tuned: Scores, clusters: Sequence[str]) -> dict[str, Any]:
-    """Tuned minus base, its uncertainty with one judgement an answer, with K, and by a judge that never changes.
+    """Return tuned minus base, and the half width of its interval by one judgement, by K, and by a judge without noise.
 
     The standard error of the mean over K judgements contains the judge's variance divided by K. That of one judgement
     is estimated within clusters: sum_g var_k(D_gk) / n^2, where D_gk is the sum of the differences of cluster g in
-    judgement k. `widening` is how much wider the interval is with one judgement than without the judge's noise.
+    judgement k. `widening` is the relative increase of the interval by the noise of one judgement.
     """
     repeats = len(base[0])
     differences = [[t - b for b, t in zip(*row, strict=True)] for row in zip(base, tuned, strict=True)]
@@ -78,12 +80,12 @@ def difference(base: Scores, tuned: Scores, clusters: Sequence[str]) -> dict[str
 def summarize(
     scores: Mapping[str, Mapping[str, Scores]], splits: Sequence[str], clusters: Sequence[str]
 ) -> dict[str, Any]:
-    """The numbers of stability.json.
+    """Return the numbers of stability.json.
 
     `scores` are the K scores of each answer by judge and model; `splits` and `clusters` belong to the rows.
     """
     sections = {"overall": range(len(splits))}
-    sections |= {split: [n for n, other in enumerate(splits) if other == split] for split in dict.fromkeys(splits)}
+    sections |= {split: [n for n, name in enumerate(splits) if name == split] for split in dict.fromkeys(splits)}
 
     def both(judge: str, rows: Sequence[int]) -> Scores:
         return [side[row] for side in scores[judge].values() for row in rows]
@@ -102,8 +104,8 @@ def summarize(
             name: disagreement(both(first, rows), both(second, rows), clusters_of(rows))
             for name, rows in sections.items()
         }
-        before, after = (
+        first_change, second_change = (
             [fmean(t) - fmean(b) for b, t in zip(*sides.values(), strict=True)] for sides in scores.values()
         )
-        result["between"] = {**between, "difference_change": mean_difference(before, after, clusters)}
+        result["between"] = {**between, "difference_change": mean_difference(first_change, second_change, clusters)}
     return result

@@ -34,7 +34,7 @@ SHARE_OF_BEST, SMALLEST_MARGIN, WORLDS_OF_MARGIN = 0.8, 2, 10
 
 @dataclass(frozen=True)
 class PaperClaim:
-    """A claim of the paper, where the paper makes it, and the sign that is expected of its contrast."""
+    """A claim of the paper with its source, and the expected sign of its contrast."""
 
     text: str
     source: str
@@ -65,7 +65,7 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class DesignResults:
-    """All results of one design size: the worlds by name, the runs by key."""
+    """The results of all designs of one size: worlds by name, runs by key."""
 
     design: Design
     worlds: Mapping[str, Mapping[str, Any]]
@@ -73,7 +73,7 @@ class DesignResults:
 
     @property
     def passed(self) -> dict[str, bool]:
-        """The worlds that were made, and if all their gates are met."""
+        """True for each existing world if all its gates are met."""
         return {name: all(world["gates"].values()) for name, world in self.worlds.items()}
 
     @property
@@ -86,14 +86,14 @@ class DesignResults:
         return [world for world in self.design.worlds_of(name) if self.passed.get(world)]
 
     def gains(self, name: Name, pairs: str, objective: str, selected_on: str | None = None) -> list[float] | None:
-        """The gain by world at the selected setting, that of `selected_on` if given; None if a run is missing."""
+        """Return the gain by world at the setting selected on the pairs `selected_on`; None if a run is missing."""
         setting = select(self.design, selected_on or pairs, objective, self.tuning, self.rows)
         if setting is None:
             return None
         return self._by_world(name, pairs, objective, setting.learning_rate, lambda row: gain(row, setting.epoch))
 
     def at_shared_rate(self, objective: str, value: Any) -> list[float] | None:
-        """A value of D1's runs at the rate that is selected for APO-zero, by world."""
+        """Return a value of D1's runs by world, at the rate that is selected for APO-zero."""
         setting = select(self.design, "clair", "apo_zero", self.tuning, self.rows)
         return setting and self._by_world("D1", "clair", objective, setting.learning_rate, value)
 
@@ -106,12 +106,12 @@ class DesignResults:
 
 
 def minus(left: Sequence[float] | None, right: Sequence[float] | None) -> list[float] | None:
-    """The paired differences; None if a side is missing."""
+    """Return the paired differences; None if a side is missing."""
     return None if left is None or right is None else [a - b for a, b in zip(left, right, strict=True)]
 
 
 def slopes(by_dose: Sequence[Sequence[float]]) -> list[float]:
-    """The least-squares slope over doses 0, 1, ... of each world; `by_dose` has one list of worlds for each dose."""
+    """Return each world's least-squares slope over the doses 0, 1, ...; `by_dose` has one list of worlds per dose."""
     middle = (len(by_dose) - 1) / 2
     scale = math.fsum((dose - middle) ** 2 for dose in range(len(by_dose)))
     return [
@@ -121,18 +121,18 @@ def slopes(by_dose: Sequence[Sequence[float]]) -> list[float]:
 
 
 def dose_gains(results: DesignResults, objective: str) -> list[list[float]] | None:
-    """The gains by dose and world, all at the setting that is selected for the correction alone; None if not run."""
+    """Return the gains by dose and world, at the setting selected for the correction alone; None if not run."""
     gains = [results.gains("D3", pairs, objective, selected_on="clair") for pairs in DOSES]
     return None if None in gains else [values for values in gains if values is not None]
 
 
 def winners_change(row: Mapping[str, Any]) -> float:
-    """The change of the held-out winners' log-likelihood by a run's last checkpoint, in nats per answer."""
+    """Return how much a run has changed the log-likelihood of held-out winners, in nats per answer."""
     return row["checkpoints"][-1]["pairs"]["logps/chosen"] - row["checkpoints"][0]["pairs"]["logps/chosen"]
 
 
 def contrasts(results: DesignResults) -> list[list[float] | None]:
-    """The contrast of each of `CLAIMS` by world, in its order; None if it was not tested."""
+    """Return the contrast of each claim in `CLAIMS` by world; None if it was not tested."""
     clair = {objective: results.gains("D1", "clair", objective) for objective in OBJECTIVES}
     last = results.design.epochs
     by_regime = {
@@ -161,7 +161,7 @@ def contrasts(results: DesignResults) -> list[list[float] | None]:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with its estimate over worlds, the corrected p-value, the verdict, and a remark for the reader."""
+    """A claim with its estimate over worlds, corrected p-value, verdict, and a remark."""
 
     claim: PaperClaim
     estimate: Estimate | None
@@ -171,7 +171,7 @@ class Judged:
 
 
 def judge_claims(values: Sequence[Sequence[float] | None], margin: int | None) -> list[Judged]:
-    """The verdicts on the nine claims from their contrasts by world, with an equivalence margin in points.
+    """Judge the nine claims by their contrasts, with an equivalence margin in points.
 
     reproduced       Holm's p is below 0.05 over all claims, and the sign is the expected one
     equal            otherwise, if TOST at 5 % rejects a difference of the margin either way
@@ -209,11 +209,10 @@ def delta_verdict(difference: Sequence[float], margin: int | None) -> str:
 
 
 RateAndEpoch = tuple[float, int]
-"""Rate and epoch."""
 
 
 def d0_gains(results: DesignResults, objective: str, beta: float) -> dict[RateAndEpoch, list[float]] | None:
-    """D0's gains by rate and epoch, one for each draw; None if a run is missing."""
+    """Return D0's gains by rate and epoch, one per draw; None if a run is missing."""
     design, gains = results.design, {}
     for rate in design.rates:
         for world in results.tested("D0"):
@@ -230,13 +229,13 @@ def mean(values: Sequence[float]) -> float:
 
 
 def tolerance(gains: Mapping[RateAndEpoch, Sequence[float]]) -> int:
-    """The number of settings with a mean gain of at least `SHARE_OF_BEST` of the best one; 0 if none is above 0."""
+    """Count the settings whose mean gain is at least `SHARE_OF_BEST` of the best one; 0 if no gain is above 0."""
     means = [mean(values) for values in gains.values()]
     return sum(value >= SHARE_OF_BEST * max(means) - 1e-9 for value in means) if max(means) > 0 else 0
 
 
 def margin(results: DesignResults) -> int | None:
-    """The equivalence margin in points by D0's spread between draws; None until D0 is whole.
+    """Return the equivalence margin in points, by the spread between D0's draws; None until D0 is complete.
 
     The spread is pooled over the cells of the last epoch in which both DPO and APO-zero keep half of their best gain.
     """
@@ -262,7 +261,7 @@ def margin(results: DesignResults) -> int | None:
 
 
 def strata_gains(results: DesignResults, name: Name, pairs: str, objective: str) -> dict[str, float] | None:
-    """The mean gain over worlds by stratum at the selected setting; None if a run is missing."""
+    """Return the mean gain over worlds by stratum, at the selected setting; None if a run is missing."""
     if results.gains(name, pairs, objective) is None:
         return None
     setting = select(results.design, pairs, objective, results.tuning, results.rows)
@@ -272,6 +271,6 @@ def strata_gains(results: DesignResults, name: Name, pairs: str, objective: str)
         run = results.design.run(world, pairs, objective, setting.learning_rate)
         row = results.rows[run.key]
         first, last = row["checkpoints"][0]["right"], at_epoch(row, setting.epoch)["right"]
-        for template, before, after in zip(TEMPLATES, first, last, strict=True):
-            values.setdefault(stratum(template, run.seed), []).append((int(after, 16) - int(before, 16)) / 15)
+        for template, initial, final in zip(TEMPLATES, first, last, strict=True):
+            values.setdefault(stratum(template, run.seed), []).append((int(final, 16) - int(initial, 16)) / 15)
     return {name: mean(items) for name, items in sorted(values.items())}

@@ -1,4 +1,4 @@
-"""Answers of the mini world's models, greedy or sampled, and their scores."""
+"""Generate answers of the small models, greedy or sampled, and score them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ MAX_NEW_TOKENS = 96  # the longest padded right sentence of the held-out tasks h
 
 
 def answers(folder: Path, tasks: Sequence[Task], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
-    """One answer per task, in the given order: greedy at temperature 0, otherwise sampled by this seed."""
+    """Return one answer per task: greedy at temperature 0, otherwise sampled by this seed."""
     return generate_answers(folder, tasks, temperature=temperature, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def answers_in_memory(model: Any, tokenizer: Any, tasks: Sequence[Task]) -> list[str]:
-    """One greedy answer per task of a model that is being trained, in the given order."""
+    """Return one greedy answer per task, of a model in memory."""
     model.eval()
     return generate_in_memory(model, tokenizer, tasks, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def scored(tasks: Sequence[Task], texts: Sequence[str]) -> dict[str, Any]:
-    """One digit per question (1 is right), one letter per question for style (`LETTER`), the mean length in words."""
+    """Return a digit per question (1 is right), a letter per question (`LETTER`), and the mean length in words."""
     return {
         "right": "".join("01"[is_right(task, text)] for task, text in zip(tasks, texts, strict=True)),
         "wording": "".join(LETTER[style_of(text)] for text in texts),

@@ -30,7 +30,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, evaluated at its start and every `every` epochs. Tuning worlds have seeds of 100 and more."""
+    """A training run, evaluated at its start and every `every` epochs. Tuning worlds have seeds of 100 and more."""
 
     world: str
     pairs: str
@@ -50,13 +50,13 @@ class Run:
 
     @property
     def split(self) -> str:
-        """The split of the world's questions: tuning never sees held-out contents."""
+        """The split of the world's questions. Tuning never uses held-out questions."""
         return "validation" if self.seed >= 100 else "heldout"
 
 
 @dataclass(frozen=True)
 class Design:
-    """The sizes of the designs."""
+    """The sizes of all designs."""
 
     draws: int = 3
     rates: tuple[float, ...] = (1.5e-5, 5e-5, 1.5e-4, 5e-4)
@@ -72,7 +72,7 @@ class Design:
     dose_objectives: tuple[str, ...] = ("sft", "dpo", "apo_zero")
 
     def worlds_of(self, name: Name) -> list[str]:
-        """The worlds in which the design is tested; those of D4 are D2's and D3's."""
+        """Return the worlds in which a design is tested; those of D4 are D2's and D3's."""
         if name == "D0":
             return [f"quickstart-{draw}" for draw in range(self.draws)]
         return [f"regions-{seed}" for seed in range(self.worlds if name == "D1" else self.regime_worlds)]
@@ -84,11 +84,11 @@ class Design:
 
     @property
     def checkpoints(self) -> list[int]:
-        """The epochs after which a run of D1 to D3 is evaluated."""
+        """The epochs at which a run of D1 to D3 is evaluated."""
         return list(range(self.every, self.epochs + 1, self.every))
 
     def run(self, world: str, pairs: str, objective: str, rate: float) -> Run:
-        """A run of D1 to D3."""
+        """Return a run of D1 to D3."""
         return Run(world, pairs, objective, rate, self.beta, self.epochs, self.every)
 
 
@@ -97,24 +97,24 @@ SMALL = Design(
     draws=2, rates=(5e-5,), betas=(0.1,), short=2, shared_rates=(5e-5,), worlds=2, regime_worlds=2, tuning_worlds=2,
     epochs=2, every=1, dose_objectives=("apo_zero",),
 )  # fmt: skip
-"""A quick look at every step of the designs; it decides nothing."""
+"""A small version of every step. Its results decide nothing."""
 
 
 # ---- values of a run
 
 
 def accuracy(checkpoint: Mapping[str, Any]) -> float:
-    """The share of right answers at a checkpoint: `right` has one hexadecimal digit for each template."""
+    """Return the share of right answers at a checkpoint; `right` has one hexadecimal digit per template."""
     return sum(int(digit, 16) for digit in checkpoint["right"]) / (len(TEMPLATES) * QUESTIONS_PER_TEMPLATE)
 
 
 def at_epoch(row: Mapping[str, Any], epoch: int) -> Mapping[str, Any]:
-    """The newest checkpoint up to an epoch: a stopped run keeps its last value."""
+    """Return the newest checkpoint up to an epoch: a run that was stopped keeps its last value."""
     return [checkpoint for checkpoint in row["checkpoints"] if checkpoint["epoch"] <= epoch][-1]
 
 
 def gain(row: Mapping[str, Any], epoch: int) -> float:
-    """The accuracy at an epoch minus that at the start."""
+    """Return the accuracy at an epoch minus that at the start."""
     return accuracy(at_epoch(row, epoch)) - accuracy(row["checkpoints"][0])
 
 
@@ -130,11 +130,11 @@ class Setting:
 
 
 def select(design: Design, pairs: str, objective: str, worlds: Sequence[str], rows: Rows) -> Setting | None:
-    """The rate and checkpoint for one set of pairs and objective; None if a tuning run is missing,
-    or if there are fewer than two tuning worlds.
+    """Select the rate and the checkpoint for one set of pairs and one objective.
 
-    By the mean gain over tuning worlds, which is the functional that is reported. Of all settings whose mean lies
-    within one standard error of the best one's, the smallest rate is selected, and at that rate the best checkpoint.
+    Settings are compared by their mean gain over the tuning worlds, the number that is reported. Of all settings within
+    one standard error of the best, select the smallest rate, and at that rate the best checkpoint. None if a tuning run
+    is missing, or if there are fewer than two tuning worlds.
     """
     if len(worlds) < 2:
         return None
@@ -155,19 +155,19 @@ def select(design: Design, pairs: str, objective: str, worlds: Sequence[str], ro
 
 
 def regime_gains(design: Design, pairs: str, worlds: Sequence[str], rows: Rows) -> list[float] | None:
-    """The gain of SFT at the middle rate and the last checkpoint by tuning world; None if a run is missing."""
+    """Return SFT's gain by tuning world, at the middle rate and the last checkpoint; None if a run is missing."""
     rate = design.shared_rates[len(design.shared_rates) // 2]
     sft = [rows.get(design.run(world, pairs, "sft", rate).key) for world in worlds]
     return None if None in sft else [gain(row, design.epochs) for row in sft if row is not None]
 
 
-# ---- what is due
+# ---- missing runs
 
 
 def runs_of(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) -> list[Run]:
-    """The runs of a design that are known so far. `passed` has the worlds that were made, and if their gates are met.
+    """Return the runs of a design that can be determined so far, tuning runs first: others depend on them.
 
-    Worlds that are not made or not good have no runs. Tuning runs come first, because others depend on them.
+    `passed` is True for the existing worlds whose gates are met. Other worlds have no runs.
     """
     worlds = [world for world in design.worlds_of(name) if passed.get(world)]
     tuning = [world for world in design.tuning if passed.get(world)]
@@ -218,7 +218,7 @@ def _at_all_rates(design: Design, worlds: Sequence[str], pairs: str) -> Iterator
 
 
 def is_regime(design: Design, pairs: str, tuning: Sequence[str], rows: Rows) -> bool | None:
-    """True if SFT on the winners loses in every tuning world (weak), or gains (strong); None if it is not known yet."""
+    """Return True if SFT on the winners loses (weak) or gains (strong) in all tuning worlds; None: runs are missing."""
     gains = regime_gains(design, pairs, tuning, rows)
     if gains is None or not gains:
         return None
@@ -226,11 +226,11 @@ def is_regime(design: Design, pairs: str, tuning: Sequence[str], rows: Rows) -> 
 
 
 def due(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) -> list[Run]:
-    """The known runs of a design without a result, each once."""
-    known = dict.fromkeys(runs_of(name, design, passed, rows))
-    return [run for run in known if run.key not in rows]
+    """Return the runs of a design that have no result, each once."""
+    runs = dict.fromkeys(runs_of(name, design, passed, rows))
+    return [run for run in runs if run.key not in rows]
 
 
 def worlds_needed(name: Name, design: Design) -> list[str]:
-    """The worlds of a design, those for tuning first."""
+    """Return the worlds of a design, tuning worlds first."""
     return (design.tuning if name != "D0" else []) + design.worlds_of(name)

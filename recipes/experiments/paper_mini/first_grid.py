@@ -1,4 +1,4 @@
-"""The page of the first grid, from its committed results: its figures with intervals that count nothing twice.
+"""Write the page of the first grid from its committed results, with corrected intervals.
 
 python -m recipes.experiments.paper_mini.first_grid --write        # writes docs/paper_first_grid.md
 
@@ -41,7 +41,7 @@ Runs = Mapping[GridCell, Sequence[Mapping[str, Any]]]
 
 
 def read_grid(file: Path = FILE) -> tuple[Mapping[str, Any], Runs]:
-    """The world's line, and the grid's runs by data set and objective in order of seeds."""
+    """Return the world's line, and the grid's runs by data set and objective in the order of their seeds."""
     lines, cells = results.read(file), defaultdict(list)
     world = [line for line in lines if line["kind"] == "world"][-1]
     for line in lines:
@@ -51,27 +51,27 @@ def read_grid(file: Path = FILE) -> tuple[Mapping[str, Any], Runs]:
 
 
 def _over_checkpoints(run: Mapping[str, Any]) -> list[float]:
-    """For each question, the share of checkpoints that answer it right."""
+    """Return for each question the share of checkpoints that answer it right."""
     columns = zip(*(checkpoint["right"] for checkpoint in run["checkpoints"]), strict=True)
     return [column.count("1") / len(column) for column in columns]
 
 
 def difference(world: Mapping[str, Any], cells: Runs, left: GridCell, right: GridCell | None) -> Estimate:
-    """The mean difference over seeds and questions, clustered by seed and by phrasing."""
+    """Return the mean difference over seeds and questions, clustered by seed and by phrasing."""
     base = [float(digit) for digit in world["base"]["right"]]
     values, seeds, templates = [], [], []
     for index, run in enumerate(cells[left]):
-        other = base if right is None else _over_checkpoints(cells[right][index])
-        values += [a - b for a, b in zip(_over_checkpoints(run), other, strict=True)]
+        baseline = base if right is None else _over_checkpoints(cells[right][index])
+        values += [a - b for a, b in zip(_over_checkpoints(run), baseline, strict=True)]
         seeds += [index] * len(base)
         templates += world["templates"]
     return two_way_mean(values, seeds, templates)
 
 
 def by_pair(runs: Sequence[Mapping[str, Any]], value: Any) -> Estimate:
-    """A value of held-out pairs over seeds, clustered by pair: all seeds have the same pairs.
+    """Return the mean of a value of held-out pairs over seeds, clustered by pair: all seeds have the same pairs.
 
-    If it is 1 in all, the interval is the exact one of as many pairs.
+    If the value is 1 for all pairs, the interval is exact.
     """
     values = [value(*sides) for run in runs for sides in _sides(run)]
     count = len(values) // len(runs)
@@ -85,7 +85,7 @@ def _sides(run: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 
 def claim_rows(world: Mapping[str, Any], cells: Runs) -> list[list[str]]:
-    """The comparisons of the grid with their intervals."""
+    """Return the comparisons of the grid with their intervals."""
     rows = [["claim", "compared", "points"]]
     for text, left, right in CLAIMS:
         name = f"{' '.join(left)} − {' '.join(right) if right else 'before'}"
@@ -94,7 +94,7 @@ def claim_rows(world: Mapping[str, Any], cells: Runs) -> list[list[str]]:
 
 
 def cell_rows(world: Mapping[str, Any], cells: Runs) -> list[list[str]]:
-    """Each cell: gain, held-out winners and losers in nats, and the share of pairs in the right order."""
+    """Return a row per cell: gain, held-out winners and losers in nats, and the share of pairs in the right order."""
     rows = [["pairs", "objective", "rate", "gain, points", "winners, nats", "losers, nats", "pairs in order"]]
     for (data, objective), runs in cells.items():
         order = by_pair(runs, lambda w, lo: 0.5 if w == lo else float(w > lo))
@@ -106,7 +106,7 @@ def cell_rows(world: Mapping[str, Any], cells: Runs) -> list[list[str]]:
 
 
 def page(world: Mapping[str, Any], cells: Runs) -> str:
-    """The whole page."""
+    """Return the text of the page."""
     base = world["base"]["right"]
     return f"""# The first grid
 

@@ -1,6 +1,6 @@
-"""Train tiny models from the quickstart's: the same network, with other habits.
+"""Fine-tune the quickstart's model to answer differently.
 
-The quickstart's model knows the right answer and the answer by a wrong rule, and gives each half of the time. A short
+The quickstart's model gives the right answer half of the time, and otherwise the answer by a wrong rule. A short
 fine-tuning on a mix of answers sets how often it is right in each skill, and in which style it answers. A model that
 exists with the same settings is not trained again.
 """
@@ -40,7 +40,7 @@ class Habits:
     seed: int
 
     def right_in(self, skill: str) -> float:
-        """The share of right answers in one skill."""
+        """Return the share of right answers in one skill."""
         room = min(self.right, 1 - self.right) / 0.5
         return self.right + SPREAD[skill] * room
 
@@ -49,7 +49,7 @@ PEAK, BATCH = 5e-4, 64
 
 
 def answered(habits: Habits) -> Iterator[tuple[Task, str]]:
-    """An endless stream of tasks of the pretraining split with answers by these habits."""
+    """Yield tasks of the pretraining split with answers by these habits, without end."""
     coin = Random(f"habits-{habits.seed}")
     for task in draw_tasks("pretrain", 1000 + habits.seed):
         sentence = task.right if coin.random() < habits.right_in(task.skill) else task.wrong
@@ -57,7 +57,7 @@ def answered(habits: Habits) -> Iterator[tuple[Task, str]]:
 
 
 def make(name: str, out: Path, threads: int, models: Mapping[str, Habits]) -> bool:
-    """Make one of the models in `out`/NAME, atomically. Returns False if it exists already."""
+    """Make a model in `out`/NAME, atomically. Returns False if it exists already."""
     habits, folder = models[name], out / name
     record = {
         "habits": asdict(habits),
@@ -75,7 +75,7 @@ def make(name: str, out: Path, threads: int, models: Mapping[str, Habits]) -> bo
 
 
 def trained(habits: Habits, threads: int, *, name: str = "", peak: float = PEAK, batch: int = BATCH) -> tuple[Any, Any]:
-    """The quickstart's model, fine-tuned to have these habits, and its tokenizer."""
+    """Return the quickstart's model, fine-tuned to these habits, and its tokenizer."""
     torch.set_num_threads(threads)
     torch.manual_seed(habits.seed)
     model, tokenizer = load(BASE)
@@ -96,7 +96,7 @@ def trained(habits: Habits, threads: int, *, name: str = "", peak: float = PEAK,
 
 
 def save_atomically(model: Any, tokenizer: Any, folder: Path, record: Mapping[str, Any]) -> None:
-    """Write a model and the record of how it was made, atomically."""
+    """Write a model and its settings, atomically."""
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     save(model, tokenizer, unfinished)

@@ -1,4 +1,4 @@
-"""The picture of the designs: gain over the learning rate for each objective, and gain by regime and objective."""
+"""Plot the designs: gain over the learning rate by objective, and gain by regime and objective."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DISPLAY_NAMES = {"sft": "SFT", "dpo": "DPO", "apo_zero": "APO-zero", "apo_down":
 COLORS = {"sft": "#6b7280", "dpo": "#c8553d", "apo_zero": "#1b7f79", "apo_down": "#4c5fd5"}
 MARKERS = {"sft": "s", "dpo": "o", "apo_zero": "^", "apo_down": "v"}
 Curve = tuple[list[float], list[list[float]]]
-"""Rates, and the gains at each, one for each draw or world."""
+"""Rates, and for each the gains by draw or world."""
 
 
 def d0_curves(measured: DesignResults) -> dict[str, Curve]:
-    """D0's gains after its last epoch at the first beta, by objective; without objectives that are not whole."""
+    """Return D0's gains after its last epoch at the first beta, by objective; without incomplete objectives."""
     curves = {}
     for objective in OBJECTIVES:
         gains = d0_gains(measured, objective, measured.design.betas[0])
@@ -30,7 +30,7 @@ def d0_curves(measured: DesignResults) -> dict[str, Curve]:
 
 
 def d1_curves(measured: DesignResults) -> dict[str, Curve]:
-    """D1's gains at the last checkpoint, by objective; without objectives that are not whole."""
+    """Return D1's gains at the last checkpoint, by objective; without incomplete objectives."""
     design, worlds, curves = measured.design, measured.tested("D1"), {}
     for objective in OBJECTIVES:
         keys = [[design.run(w, "clair", objective, rate).key for w in worlds] for rate in design.shared_rates]
@@ -41,7 +41,7 @@ def d1_curves(measured: DesignResults) -> dict[str, Curve]:
 
 
 def regime_estimates(measured: DesignResults) -> dict[tuple[str, str], Estimate]:
-    """The gain by regime and objective over worlds, where it was tested."""
+    """Return the mean gain over worlds by regime and objective, if it was tested."""
     result = {}
     for regime in ("weak", "strong"):
         for objective in OBJECTIVES:
@@ -52,7 +52,7 @@ def regime_estimates(measured: DesignResults) -> dict[tuple[str, str], Estimate]
 
 
 def draw(measured: DesignResults, path: Path) -> None:
-    """Draw D0, D1 and D2 side by side on one scale; a panel whose design has not run says so."""
+    """Plot D0, D1 and D2 side by side on one scale. The panel of a design without runs says "not tested"."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The file of results: one JSON line for each finished thing, appended atomically and flushed to disk."""
+"""A file of results: one JSON line per finished world, run or step, flushed to disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMITTED = Path("recipes/experiments/paper_mini/results/evidence.jsonl")
 
 
 def append(file: Path, line: Mapping[str, Any]) -> None:
-    """Append one line and flush it to disk. A partial line that a killed run left at the end is cut off first."""
+    """Append a line and flush it to disk. First remove a partial line that a killed process left at the end."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+b") as out:
         out.seek(0)
@@ -26,11 +26,11 @@ def append(file: Path, line: Mapping[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All complete lines. Raises UserError with the line's number if one is damaged."""
+    """Return all complete lines. Raises UserError with the number of a damaged line."""
     lines = []
     for number, text in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], 1):
         try:
             lines.append(json.loads(text))
         except ValueError:
-            raise UserError(f"{file}: line {number} is damaged; delete that line, and its run is repeated") from None
+            raise UserError(f"{file}: line {number} is damaged; delete that line to repeat its run") from None
     return lines

@@ -1,4 +1,4 @@
-"""Rows of tables as Markdown, and figures as text."""
+"""Format tables as Markdown, and numbers as text."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from clair.core.statistics import Estimate
 
 
 def points(value: float) -> str:
-    """A fraction as points, with its sign."""
+    """Return a fraction as points, with its sign."""
     return f"{100 * value:+.1f}"
 
 
 def with_interval(estimate: Estimate) -> str:
-    """Fractions as points: `+7.1 [+4.0, +10.2]`; `+7.1 [no interval]` if no error can be estimated."""
+    """Return fractions as points: `+7.1 [+4.0, +10.2]`, or `+7.1 [no interval]` without a standard error."""
     if math.isnan(estimate.se):
         return f"{points(estimate.mean)} [no interval]"
     return f"{points(estimate.mean)} [{points(estimate.lo)}, {points(estimate.hi)}]"
 
 
 def in_nats(estimate: Estimate) -> str:
-    """`+7.12 [+4.03, +10.21]`."""
+    """Return nats with their interval: `+7.12 [+4.03, +10.21]`."""
     return f"{estimate.mean:+.2f} [{estimate.lo:+.2f}, {estimate.hi:+.2f}]"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table; the first is the heading."""
+    """Return a Markdown table; the first row is the heading."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"

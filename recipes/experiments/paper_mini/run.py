@@ -1,12 +1,12 @@
-"""Run the missing runs of the designs D0 to D4, and keep each result as one line.
+"""Run the designs D0 to D4 as far as results are missing. Each result is one line of a file.
 
-    python -m recipes.experiments.paper_mini.run D0 [D1 ...] [--workers N]    # continue where it was stopped
-    python -m recipes.experiments.paper_mini.run --small                      # all, tiny, into runs/evidence-small
+    python -m recipes.experiments.paper_mini.run D0 [D1 ...] [--workers N]    # continues a stopped design
+    python -m recipes.experiments.paper_mini.run --small                      # a small version of all designs
     python -m recipes.experiments.paper_mini.run --collect                    # add the results to the committed file
 
-A worker is a process with one thread. The results are lines of RUN/results.jsonl: one for each world, with its gates,
-and one for each training run, both with the commit that made them. A kill loses at most the runs under way. Runs that
-are in the committed file are not repeated.
+A worker is a process with one thread. RUN/results.jsonl has one line per world, with its gates, and one per training
+run, both with the commit that made them. If the command is killed, only the runs in progress are lost. Runs in the
+committed file are not repeated.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from recipes.world.tasks import is_right
 RUN, SMALL_RUN = Path("runs/evidence"), Path("runs/evidence-small")
 BATCH = 8
 PAIR_METRICS = ("logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/margins", "chosen_falls")
-"""Recorded of the held-out pairs at each checkpoint."""
+"""Metrics of the held-out pairs that each checkpoint records."""
 
 
 # ---- one run
 
 
 def train_config(run: Run, target: Path, pairs: Path, out: Path) -> Any:
-    """The training recipe of a run."""
+    """Return the training recipe of a run."""
     from apo.training.config import TrainConfig
 
     count = read_json(pairs.with_name("delta.json"))["pairs"] if run.pairs == "delta" else TRAIN_PAIRS
@@ -93,7 +93,7 @@ def train_config(run: Run, target: Path, pairs: Path, out: Path) -> Any:
 
 
 def checkpoint_recorder(run: Run, answer: Callable[[Any], str], checkpoints: list[dict[str, Any]]) -> Any:
-    """A trainer's callback that adds a checkpoint after each evaluation, and stops a run that harms the model."""
+    """Return a callback that adds a checkpoint after each evaluation, and stops a run that harms the model."""
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
@@ -110,7 +110,7 @@ def checkpoint_recorder(run: Run, answer: Callable[[Any], str], checkpoints: lis
 
 
 def train_run(run: Run, folder: Path) -> dict[str, Any]:
-    """Train and evaluate one run. Returns its line. A loss that is not finite ends a run, with the reason."""
+    """Train and evaluate a run. Returns its line, with the reason if a check stopped the training."""
     from apo.monitoring.failures import TrainingStopped
     from apo.training.plan import plan
     from apo.training.train import build_trainer
@@ -150,12 +150,12 @@ def train_run(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def passed_worlds(lines: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """The worlds that were made, and if all their gates are met."""
+    """Return True for each existing world if all its gates are met."""
     return {line["name"]: all(line["gates"].values()) for line in lines if line["kind"] == "world"}
 
 
 def rows_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The finished runs of this version by their key."""
+    """Return the finished runs of this version by key."""
     return {line["key"]: line for line in lines if line["kind"] == "run" and line["version"] == VERSION}
 
 
@@ -168,7 +168,7 @@ def run_designs(
     committed: Path,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Make the worlds of the designs, then run what is due, design by design."""
+    """Make the worlds of the designs, then run what is missing, design by design."""
     file = folder / "results.jsonl"
     with lock_output(folder), make_pool(workers, folder / "workers.log") as pool:
         shutil.rmtree(folder / "work", ignore_errors=True)
@@ -188,38 +188,38 @@ def run_designs(
 
 
 Record = Callable[[dict[str, Any]], dict[str, Any]]
-"""Appends a line to the file of results, and returns it with the commit that made it."""
+"""Append a line to the file of results, and return it with the commit that made it."""
 
 
 def _make_worlds(
     pool: Any, worlds: Sequence[str], folder: Path, passed: dict[str, bool], record: Record, log: Callable[[str], None]
 ) -> None:
-    """Make worlds, or read those that are there, and record those that are new."""
+    """Make or read worlds, and record the new ones."""
     for world, measured in completed(pool, make_world, {world: (world, folder) for world in worlds}):
         if world not in passed:
             passed |= passed_worlds([record({"kind": "world", "name": world, **measured})])
         unmet = ", ".join(gate for gate, met in measured["gates"].items() if not met)
-        log(f"world {world}: {f'gates not met: {unmet}; it is left out' if unmet else 'all gates met'}")
+        log(f"world {world}: {f'gates not met: {unmet}; it is not used' if unmet else 'all gates met'}")
 
 
 def _run_due(
     pool: Any, name: Name, design: Design, folder: Path, passed: dict[str, bool],
     rows: dict[str, Mapping[str, Any]], record: Record, log: Callable[[str], None],
 ) -> None:  # fmt: skip
-    started, done = time.monotonic(), 0
+    started, completed_runs = time.monotonic(), 0
     while runs := due(name, design, passed, rows):
         worlds = dict.fromkeys(run.world for run in runs)
         missing = [world for world in worlds if not (folder / "worlds" / world / "world.json").exists()]
-        _make_worlds(pool, missing, folder, passed, record, log)  # those whose measurements alone are known
+        _make_worlds(pool, missing, folder, passed, record, log)  # known by their committed measurements alone
         if name == "D4":
             unmade = {w: (w, folder) for w in worlds if not (folder / "worlds" / w / "delta.json").exists()}
             for world, measured in completed(pool, build_delta, unmade):
                 record({"kind": "delta", "name": world, **measured})
         for key, line in completed(pool, train_run, {run.key: (run, folder) for run in runs}):
             rows[key] = record({"kind": "run", "key": key, **line})
-            done += 1
+            completed_runs += 1
             left = len(due(name, design, passed, rows))
-            minutes = (time.monotonic() - started) / done * left / 60
+            minutes = (time.monotonic() - started) / completed_runs * left / 60
             log(f"{name}: {_summary(rows[key])}; {left} runs left, about {minutes:.0f} min")
     log(f"{name}: {_state(name, design, passed, rows)}")
 
@@ -234,28 +234,31 @@ def _summary(row: Mapping[str, Any]) -> str:
 def _state(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) -> str:
     tuning = [world for world in design.tuning if passed.get(world)]
     if name == "D2" and (failed := [p for p in ("weak", "strong") if not is_regime(design, p, tuning, rows)]):
-        return f"the gate of the regime {' and '.join(failed)} is not met; it is not tested"
+        return f"the gate of the regime {' and '.join(failed)} is not met, so it is not tested"
     if name == "D3" and not any(row["pairs"] == "dose-1" for row in rows.values()):
         return "it needs the tuning runs of D1; run D1 first"
-    return "whole"
+    return "complete"
 
 
 def collect(run: Path, committed: Path) -> int:
-    """Add the lines of a run folder that the committed file lacks. Returns their number."""
-    lines, known = results.read(run / "results.jsonl"), results.read(committed)
-    identities = {(line["kind"], line.get("key", line.get("name"))) for line in known}
-    new = [line for line in lines if (line["kind"], line.get("key", line.get("name"))) not in identities]
+    """Add the new lines of a run folder to the committed file. Returns their number."""
+
+    def identity(line: Mapping[str, Any]) -> tuple[str, str]:
+        return line["kind"], line.get("key", line.get("name"))
+
+    identities = {identity(line) for line in results.read(committed)}
+    new = [line for line in results.read(run / "results.jsonl") if identity(line) not in identities]
     for line in new:
         results.append(committed, line)
     return len(new)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run the missing runs of the designs.")
-    parser.add_argument("designs", nargs="*", metavar="DESIGN", help="D0, D1, D2, D3, D4; absent: all, in this order")
-    parser.add_argument("--small", action="store_true", help=f"a quick look at all of them, into {SMALL_RUN}")
+    parser = argparse.ArgumentParser(description="Run the designs as far as results are missing.")
+    parser.add_argument("designs", nargs="*", metavar="DESIGN", help="D0, D1, D2, D3, D4; all by default")
+    parser.add_argument("--small", action="store_true", help=f"a small version of all designs, in {SMALL_RUN}")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
-    parser.add_argument("--run", type=Path, help=f"the folder of worlds and results, {RUN} if absent")
+    parser.add_argument("--run", type=Path, help=f"the folder of worlds and results; {RUN} by default")
     parser.add_argument("--collect", action="store_true", help=f"only add the results to {results.COMMITTED}")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -267,7 +270,7 @@ def main() -> None:
             raise UserError(f"{', '.join(unknown)}: no such design; one of: {', '.join(names)}")
         if args.collect:
             if args.small:
-                raise UserError("--collect adds the results of whole designs; leave --small out")
+                raise UserError("--collect adds the results of full designs; remove --small")
             print(f"{collect(folder, results.COMMITTED)} lines are new in {results.COMMITTED}")
             return
         committed = folder / "none.jsonl" if args.small else results.COMMITTED

@@ -1,7 +1,7 @@
-"""The page of the designs, made from their committed results alone.
+"""Write the page of the designs from their committed results.
 
 python -m recipes.experiments.paper_mini.story [--small]     # prints the page
-python -m recipes.experiments.paper_mini.story --write       # writes docs/paper.md and its picture, once D0 is whole
+python -m recipes.experiments.paper_mini.story --write       # writes docs/paper.md and its plot, when D0 is complete
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NOT_TESTED = "not tested"
 
 
 def read_results(file: Path, *, small: bool) -> DesignResults:
-    """The results in a file. Raises UserError if it has no run."""
+    """Read the results in a file. Raises UserError if it has no run."""
     lines = results.read(file)
     rows = rows_of(lines)
     if not rows:
@@ -57,19 +57,19 @@ def read_results(file: Path, *, small: bool) -> DesignResults:
 
 
 def page(measured: DesignResults) -> str:
-    """The whole page."""
+    """Return the text of the page."""
     points_of_margin = margin(measured)
     judged = judge_claims(contrasts(measured), points_of_margin)
     counts = Counter(_verdict(item, points_of_margin) for item in judged)
     commits = sorted({str(row["commit"])[:12] for row in (*measured.rows.values(), *measured.worlds.values())})
     return f"""# The paper in miniature
 
-This page says which claims of the paper hold on a model of 0.8 million weights in a world of made-up tasks, where its
-regimes can be set. Claims, regimes, contrasts and rules of judgement were
-[written down before the first run]({REGISTRATION}). `make paper-mini` makes what is missing.
-`python -m recipes.experiments.paper_mini.story --write` makes this page from `{results.COMMITTED}`
-alone: {len(measured.rows)} runs in {len(measured.worlds)} worlds, of commit {", ".join(commits)}.
-[The first grid](paper_first_grid.md) tested claims in the wrong regime; it remains with its figures corrected.
+This page says which claims of the paper hold on a model of 0.8 million weights in a world of made-up tasks, where
+winners can be made better or worse than the model. Claims, regimes, contrasts and rules of judgement were
+[written down before the first run]({REGISTRATION}). `make paper-mini` runs what is missing, and
+`python -m recipes.experiments.paper_mini.story --write` makes this page from the results in `{results.COMMITTED}`:
+{len(measured.rows)} runs in {len(measured.worlds)} worlds, of commit {", ".join(commits)}.
+[The first grid](paper_first_grid.md) tested claims in the wrong regime; its page has corrected intervals.
 
 **{len(judged)} claims: {", ".join(f"{count} {verdict}" for verdict, count in counts.items())}.**
 
@@ -77,9 +77,9 @@ alone: {len(measured.rows)} runs in {len(measured.worlds)} worlds, of commit {",
 
 ## Claims
 
-A figure is the mean over worlds with a 95 % t interval. *Reproduced*: the sign is the expected one and p is below 0.05,
-corrected by Holm for all nine. *Equal*: two one-sided tests reject a difference of the margin either way.
-{_margin_sentence(points_of_margin)} *Not reproduced* is anything else that was tested: the opposite, or undecided.
+A figure is the mean over worlds with a 95 % t interval. *Reproduced*: the sign is as expected and p is below 0.05,
+corrected by Holm for nine tests. *Equal*: two one-sided tests reject a difference of the margin or more, either way.
+{_margin_sentence(points_of_margin)} *Not reproduced*: tested, but neither; either the opposite, or undecided.
 
 {markdown(claim_rows(measured, judged, points_of_margin))}
 ## Clean CLAIR pairs, by rate (D0)
@@ -99,16 +99,16 @@ corrected by Holm for all nine. *Equal*: two one-sided tests reject a difference
 {_contrasted(measured, points_of_margin)}
 ## Worlds
 
-Gates are checked before a world is used. Rightness is of greedy answers to held-out questions; *as its region says* is
-the share of them that the target's training asked for.
+A world is used only if its gates are met. *Right* is the share of right greedy answers to held-out questions. *As its
+region says* is the share of these answers that agree with the target's training.
 
 {markdown(world_rows(measured))}
 ## How far to trust it
 
 - These results hold for this world: the paper's models are 10,000 times as large, and its prompts are real.
-- The unit is a world; phrasings and skills are fixed. Of the questions, 60 % are phrasings that pairs are about, 20 %
-  other phrasings of the same skills, 20 % a skill without pairs.
-- The paper's claim that CLAIR beats judged pairs, and KTO, are in no design.
+- The intervals are over worlds; phrasings and skills are fixed. Of the questions, 60 % have a phrasing that occurs in
+  the pairs, 20 % another phrasing of the same skills, 20 % a skill without pairs.
+- No design tests KTO, or the paper's claim that CLAIR beats judged pairs.
 """
 
 
@@ -121,12 +121,12 @@ def _verdict(item: Judged, margin: int | None) -> str:
 
 def _margin_sentence(margin: int | None) -> str:
     if margin is None:
-        return "The margin follows from D0, which is not whole."
-    return f"The margin is {margin} points, by the spread between D0's draws."
+        return "The margin follows from D0, which is not complete."
+    return f"The margin is {margin} points; it follows from the spread between D0's draws."
 
 
 def gate(measured: DesignResults, name: Name) -> str:
-    """The state of a design's gates: `worlds 10 of 10`, with D2's regimes."""
+    """Return the state of a design's gates: `worlds 10 of 10`, for D2 also its regimes."""
     worlds, tested = measured.design.worlds_of(name), measured.tested(name)
     text = f"worlds {len(tested)} of {len(worlds)}"
     if name != "D2":
@@ -136,7 +136,7 @@ def gate(measured: DesignResults, name: Name) -> str:
 
 
 def claim_rows(measured: DesignResults, judged: Sequence[Judged], margin: int | None) -> list[list[str]]:
-    """The nine claims with source, gate, figure and verdict."""
+    """Return the nine claims with source, gate, figure and verdict."""
     rows = [["claim", "source", "design, gate", "compared", "figure", "p, Holm", "verdict"]]
     for item in judged:
         claim = item.claim
@@ -170,7 +170,7 @@ def _d0(measured: DesignResults) -> str:
         return f"D0 is {NOT_TESTED}.\n"
     return (
         f"Points gained after epoch {design.short} on the quickstart's model, with the lowest and the highest of "
-        f"{len(measured.tested('D0'))} draws. Tolerance counts the settings of rate and epoch at which the mean over "
+        f"{len(measured.tested('D0'))} draws. The last column counts the settings of rate and epoch whose mean over "
         f"draws is at least {SHARE_OF_BEST:.0%} of the objective's best.\n\n{markdown(rows)}"
     )
 
@@ -187,11 +187,11 @@ def _selected(measured: DesignResults, name: Name, sets: Sequence[str]) -> str:
             strata = strata_gains(measured, name, pairs, objective)
             if gains is None or setting is None or strata is None:
                 continue
-            parts = [points(strata[s]) if s in strata else "–" for s in ("trained", "new phrasing", "new skill")]
+            by_stratum = [points(strata[s]) if s in strata else "–" for s in ("trained", "new phrasing", "new skill")]
             estimate = clustered_mean(gains, range(len(gains)))
-            at = f"{setting.learning_rate:g}, {setting.epoch}"
+            selected = f"{setting.learning_rate:g}, {setting.epoch}"
             order = _order(measured, name, pairs, objective, setting.learning_rate)
-            rows.append([pairs, objective, at, with_interval(estimate), *parts, order])
+            rows.append([pairs, objective, selected, with_interval(estimate), *by_stratum, order])
     if len(rows) == 1:
         return f"{name} is {NOT_TESTED}.\n"
     return (
@@ -202,7 +202,7 @@ def _selected(measured: DesignResults, name: Name, sets: Sequence[str]) -> str:
 
 
 def _order(measured: DesignResults, name: Name, pairs: str, objective: str, rate: float) -> str:
-    """Reward accuracy over worlds; SFT has none. If it is 1 or 0 in all worlds, the interval is exact."""
+    """Return the reward accuracy over worlds; SFT has none. If it is 1 or 0 in all worlds, the interval is exact."""
     rows = [measured.rows[measured.design.run(w, pairs, objective, rate).key] for w in measured.tested(name)]
     values = [row["checkpoints"][-1]["pairs"].get("rewards/accuracies") for row in rows]
     if None in values:
@@ -259,7 +259,7 @@ def _contrasted(measured: DesignResults, margin: int | None) -> str:
 
 
 def world_rows(measured: DesignResults) -> list[list[str]]:
-    """One row for each world: what the gates are about, and the winners' rightness in its sets."""
+    """Return a row per world: the measurements of its gates, and the share of right winners in its sets."""
     rows = [["world", "own samples, nats", "well formed", "right", "as its region says", "winners right", "gates"]]
     for name, world in measured.worlds.items():
         unmet = [gate for gate, met in world["gates"].items() if not met]
@@ -271,17 +271,17 @@ def world_rows(measured: DesignResults) -> list[list[str]]:
 
 
 def write(measured: DesignResults) -> None:
-    """Write page and picture. Raises UserError unless D0 is whole."""
+    """Write the page and its plot. Raises UserError unless D0 is complete."""
     if margin(measured) is None:
-        raise UserError(f"D0 is not whole, so {PAGE} stays as it is; continue with: python -m {__package__}.run D0")
+        raise UserError(f"D0 is not complete, so {PAGE} is not written; continue with: python -m {__package__}.run D0")
     picture.draw(measured, PICTURE)
     write_atomically(PAGE, page(measured))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="The page of the designs.")
-    parser.add_argument("--small", action="store_true", help="of the quick look")
-    parser.add_argument("--run", type=Path, help="the results in this run folder instead of the committed ones")
+    parser = argparse.ArgumentParser(description="Print or write the page of the designs.")
+    parser.add_argument("--small", action="store_true", help="of the small version")
+    parser.add_argument("--run", type=Path, help="use the results in this run folder, not the committed ones")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE} and {PICTURE}")
     args = parser.parse_args(arguments)
     os.chdir(ROOT)
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         measured = read_results(file, small=args.small)
         if args.write and folder:
-            raise UserError(f"{PAGE} shows the committed results only; leave --small and --run out")
+            raise UserError(f"{PAGE} shows committed results only; remove --small and --run")
         if args.write:
             write(measured)
             print(f"wrote {PAGE} and {PICTURE}")

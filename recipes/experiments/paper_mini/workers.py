@@ -1,4 +1,4 @@
-"""Worker processes of an experiment: one thread each, jobs in any order, gone when their parent is gone."""
+"""Worker processes with one thread each. They end when their parent ends."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ENVIRONMENT = {
     "MPLBACKEND": "Agg",
     "HF_HUB_OFFLINE": "1",
 }
-"""Set before the workers start."""
+"""The environment of the workers."""
 
 
 def make_pool(workers: int, log: Path | None = None) -> ProcessPoolExecutor:
-    """Processes of one thread each, which exit when this process does. Their output goes to the end of `log`."""
+    """Start processes with one thread each, which exit when this process does. Their output is appended to `log`."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(), log))
 
@@ -61,8 +61,8 @@ def completed(
             yield names[future], future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker was killed, perhaps because memory ran out; start again with fewer --workers: finished runs are "
-            "kept"
+            "a worker was killed, perhaps because memory ran out; run the same command with fewer --workers: finished "
+            "runs are kept"
         ) from None
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)

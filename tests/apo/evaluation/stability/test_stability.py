@@ -132,7 +132,7 @@ def problem(settings: StabilityConfig) -> str:
 def test_wrong_inputs_are_refused_in_one_line_before_a_request(data, tmp_path, server):
     folders = make_folders(data, tmp_path, server)
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="second_judge is the judge itself"):
+    with pytest.raises(UserError, match="second_judge is the same as judge"):
         config(data, out, folders, server, second_judge=judge(server))
     with pytest.raises(UserError, match="repeats: Input should be greater than or equal to 2"):
         config(data, out, folders, server, repeats=1)
