@@ -256,23 +256,26 @@ def export(
 def push(
     folder: Annotated[str, typer.Argument(help="A dataset folder or URL.")],
     name: Annotated[str, typer.Argument(help="org/name on the hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a public dataset; without it, it is private.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Really send it.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make a private dataset.")] = False,
 ) -> None:
     """Send a dataset to the hub with its card. Without --yes, only show what would be sent."""
     from clair.core.console import show as print_
     from clair.pipeline.export import files_to_push
     from clair.pipeline.export import push as send
+    from clair.storage.hub import sending_nothing
 
     with Location(folder).local_copy() as local_folder:
         files = files_to_push(local_folder)
         if yes:
-            print_(send(local_folder, name, private=private))
+            print_(send(local_folder, name, private=not public))
             return
         for file in files:
             print_(f"{file.relative_to(local_folder)}  {file.stat().st_size:,} bytes")
         print_((local_folder / "README.md").read_text("utf-8"))
-    print_(f"nothing was sent; add --yes to send these {len(files)} files to {name}")
+    print_(sending_nothing(len(files), name, private=not public))
 
 
 @app.command()

@@ -33,7 +33,7 @@ def push(
     from apo.hub.push import files_to_push
     from apo.run_dir.files import CARD
     from clair.core.console import show
-    from clair.storage.hub import push_files
+    from clair.storage.hub import push_files, sending_nothing
 
     files = files_to_push(run, name, checkpoint=checkpoint, base=base, evidence=evidence or [])
     if yes:
@@ -45,6 +45,4 @@ def push(
     card = files[CARD]
     assert isinstance(card, bytes), "the card is written for each push"
     show(card.decode())
-    show(
-        f"nothing was sent; add --yes to send these {len(files)} files to {name} ({'public' if public else 'private'})"
-    )
+    show(sending_nothing(len(files), name, private=not public))

@@ -9,16 +9,24 @@ from typing import Literal
 from clair.core.errors import UserError, one_line
 
 
+def sending_nothing(files: int, name: str, *, private: bool) -> str:
+    """The last line of a push that only shows its files."""
+    visibility = "private" if private else "public"
+    return f"nothing was sent; add --yes to send these {files} files to {name} ({visibility})"
+
+
 def push_files(
     files: Mapping[str, Path | bytes], name: str, *, kind: Literal["dataset", "model"], private: bool, message: str
 ) -> str:
     """Send `files`, by their path in the repository, to `org/name` with the hub library's token. Returns the URL.
 
-    Raises UserError if the hub refuses it, or if `private` is set and the repository exists and is public.
+    Raises UserError if there is no token, if the hub refuses it, or if `private` is set and the repository exists and is public.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+    if get_token() is None:
+        raise UserError(f"cannot push to {name}: there is no token of the hub; run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     try:
         url = api.create_repo(name, repo_type=kind, private=private, exist_ok=True)

@@ -76,9 +76,9 @@ def test_a_push_sends_just_what_it_showed_byte_for_byte(folder, hub):
     requests = len(pushed(hub)["seen"])
     shown = clair_push(hub, folder, "org/pairs")
     assert shown.code == 0, shown
-    assert "nothing was sent; add --yes to send these 5 files to org/pairs" in shown.out
+    assert "nothing was sent; add --yes to send these 5 files to org/pairs (private)" in shown.out
     assert pushed(hub)["seen"][requests:] == ["GET /pushed"]  # and there was no other request
-    sent = clair_push(hub, folder, "org/pairs", "--yes", "--private")
+    sent = clair_push(hub, folder, "org/pairs", "--yes")
     assert sent.code == 0, sent
     assert f"{hub}/datasets/org/pairs" in sent.out
     repository = pushed(hub)["repositories"]["org/pairs"]
@@ -86,14 +86,14 @@ def test_a_push_sends_just_what_it_showed_byte_for_byte(folder, hub):
     contents = {path: base64.b64decode(content) for path, content in repository["files"].items()}
     assert contents == {str(f.relative_to(folder)): f.read_bytes() for f in files_to_push(folder)}
     assert all(f"{path}  {len(content):,} bytes" in shown.out for path, content in contents.items())
-    again = clair_push(hub, folder, "org/pairs", "--yes", "--private")
+    again = clair_push(hub, folder, "org/pairs", "--yes")
     assert again.code == 0, again
 
 
 def test_private_pairs_are_not_sent_to_a_public_dataset(folder, hub):
-    assert clair_push(hub, folder, "org/public", "--yes").code == 0
+    assert clair_push(hub, folder, "org/public", "--yes", "--public").code == 0
     (folder / "README.md").write_text((folder / "README.md").read_text() + "secret")
-    result = clair_push(hub, folder, "org/public", "--yes", "--private")
+    result = clair_push(hub, folder, "org/public", "--yes")
     assert result.code == 2
     assert "error: org/public exists already and is public" in result.err
     assert b"secret" not in base64.b64decode(pushed(hub)["repositories"]["org/public"]["files"]["README.md"])
@@ -108,6 +108,14 @@ def test_a_push_with_a_wrong_token_is_one_line_without_the_token(folder, hub):
     assert "org/other" not in pushed(hub)["repositories"]
 
 
+def test_a_push_without_a_token_is_one_line_before_any_request(folder, hub):
+    requests = len(pushed(hub)["seen"])
+    result = clair_push(hub, folder, "org/other", "--yes", token="")
+    assert result.code == 2
+    assert result.err.endswith("there is no token of the hub; run `hf auth login`, or set HF_TOKEN\n")
+    assert pushed(hub)["seen"][requests:] == ["GET /pushed"]
+
+
 def test_a_push_to_an_invalid_name_is_one_line(folder, hub):
     result = clair_push(hub, folder, "org/na me", "--yes")
     assert result.code == 2
@@ -115,6 +123,7 @@ def test_a_push_to_an_invalid_name_is_one_line(folder, hub):
 
 
 def test_a_push_that_cannot_be_made_is_one_line(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "any")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot push to org/name"):
