@@ -256,9 +256,7 @@ def export(
 def push(
     folder: Annotated[str, typer.Argument(help="A dataset folder or URL.")],
     name: Annotated[str, typer.Argument(help="org/name on the hub.")],
-    public: Annotated[
-        bool, typer.Option("--public", help="Make a public dataset; without it, it is private.")
-    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a public dataset; without it, it is private.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Really send it.")] = False,
 ) -> None:
     """Send a dataset to the hub with its card. Without --yes, only show what would be sent."""

@@ -166,7 +166,7 @@ class LocalModel:
             from transformers import AutoModelForCausalLM, AutoTokenizer
             from transformers.utils import logging
 
-            from clair.inference.generation.onednn import use_onednn
+            from clair.inference.generation.onednn import pack_weights, use_onednn
 
             self.activity = "loading the weights"
             logging.disable_progress_bar()  # a build shows its own
@@ -179,6 +179,7 @@ class LocalModel:
             model = AutoModelForCausalLM.from_pretrained(
                 base or self.path, dtype=self._dtype, trust_remote_code=self._trust_remote_code, use_safetensors=True
             )
+            is_whole = base is None
             if base is not None:
                 from peft import LoraModel, PeftModel
 
@@ -192,10 +193,10 @@ class LocalModel:
                         getattr(lora, "lora_bias", False) or getattr(lora, "alora_invocation_tokens", None)
                     )
                     if model.dtype == torch.float32 and is_mergeable:
-                        model = model.merge_and_unload()
+                        model, is_whole = model.merge_and_unload(), True
             model.to(device)  # pyright: ignore[reportArgumentType]  # a decorator hides the method's signature
             model.generation_config.cache_implementation = None  # a batch that changes needs a cache that grows
-            use_onednn(model)
+            (pack_weights if is_whole else use_onednn)(model)  # an adapter's layers read the weights below them
             if self._soft_prompt is not None:
                 self._soft_prompt.attach(model)
             self._loaded = tokenizer, model.eval()

@@ -20,7 +20,8 @@ def push_files(
 ) -> str:
     """Send `files`, by their path in the repository, to `org/name` with the hub library's token. Returns the URL.
 
-    Raises UserError if there is no token, if the hub refuses it, or if `private` is set and the repository exists and is public.
+    Raises UserError if there is no token, if the hub refuses it, or if `private` is set and the repository exists and
+    is public.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled

@@ -4,6 +4,7 @@ torch multiplies float32 matrices with MKL, which does not use the widest instru
 make; oneDNN, in the same torch, does. Inputs, type and precision are the same; only the order of summation differs.
 oneDNN compiles code for each new number of rows and keeps it, so packed rows are filled up to a multiple of `ROWS`, and
 oneDNN multiplies such multiples only; any number in inference mode, where a row is multiplied hundreds of times.
+A model that only generates has its weights in oneDNN's own order (`pack_weights`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import time
 import types
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch.nn import functional
 
 ROWS = 32
 """oneDNN multiplies numbers of rows that are multiples of this."""
+_TYPICAL_ROWS = 16
+"""The order of packed weights is chosen for this number of rows; any number can be multiplied."""
 REPEATS = 12
 """How often a speed is measured."""
 _MIN_SPEEDUP = 1.2
@@ -110,3 +114,44 @@ def restore_linear(model: torch.nn.Module) -> None:
     for module in model.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is _linear:
             del module.forward
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer for generation only, its weight `[out, in]` in the order in which oneDNN reads it.
+
+    Otherwise each product of a few rows reorders the whole weight first. The result of a row does not depend on the
+    number of rows.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        # An opaque tensor, neither parameter nor buffer: moving or saving the module is not supported.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _TYPICAL_ROWS)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in the usual order, a copy: for code of a model that reads it."""
+        return self._packed.to_dense()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T + bias, without a gradient."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+def pack_weights(model: torch.nn.Module) -> None:
+    """Let a model that only generates multiply with packed weights where oneDNN is faster (on a CPU, in float32).
+
+    Each plain linear layer is replaced and its weight freed; a layer whose weight another module holds too, such as a
+    tied embedding, is left as `use_onednn` leaves it.
+    """
+    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    for parent in [module for module in model.modules() if type(module) is not torch.nn.Linear]:
+        for name, module in list(parent.named_children()):
+            if type(module) is torch.nn.Linear and holders[id(module.weight)] == 1:
+                with torch.inference_mode():
+                    if _uses_onednn(ROWS, module.weight):
+                        setattr(parent, name, PackedLinear(module))
+    for tensor in [*model.parameters(), *model.buffers()]:  # one view of a mapped file keeps all of it in memory
+        tensor.data = tensor.data.clone()
+    use_onednn(model)

@@ -107,14 +107,35 @@ def test_a_local_model_multiplies_with_onednn_where_it_is_the_faster(folder, mon
     if onednn.speeds()[1] == 0:
         pytest.skip("this torch has no oneDNN for this processor")
     request = {"messages": messages("what is one"), "max_tokens": 20, "temperature": 0}
-    products, really = [], onednn._onednn
-    monkeypatch.setattr(onednn, "_onednn", lambda a, b: products.append(1) or really(a, b))
+    products, really = [], onednn.PackedLinear.forward
+    monkeypatch.setattr(onednn.PackedLinear, "forward", lambda self, x: products.append(1) or really(self, x))
     monkeypatch.setattr(onednn, "speeds", lambda: (1.0, 1.0))
     expected = ask(folder, [request])
     assert not products
     monkeypatch.setattr(onednn, "speeds", lambda: (1.0, 2.0))
     assert ask(folder, [request]) == expected
     assert len(products) >= 20 * 7
+
+
+def test_packed_weights_multiply_a_row_alike_in_any_batch_and_a_tied_head_stays_as_it_is(folder, monkeypatch):
+    if onednn.speeds()[1] == 0:
+        pytest.skip("this torch has no oneDNN for this processor")
+    monkeypatch.setattr(onednn, "speeds", lambda: (1.0, 2.0))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    plain = {name: weight.clone() for name, weight in model.named_parameters()}
+    onednn.pack_weights(model)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    layer, weight = model.model.layers[0].mlp.down_proj, plain["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(layer.weight, weight)
+    assert not list(layer.parameters())
+    rows = torch.randn(37, layer.in_features)
+    with torch.inference_mode():
+        together = layer(rows)
+        torch.testing.assert_close(together, rows @ weight.T, rtol=1e-5, atol=1e-5)
+        for count in (1, 2, 16):
+            assert torch.equal(layer(rows[:count]), together[:count])
 
 
 @pytest.fixture
