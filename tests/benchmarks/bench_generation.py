@@ -1,13 +1,18 @@
-"""How near answers of unequal length come to transformers' own batches of equal length, in tokens per second.
+"""A local model against transformers' `generate` and llama.cpp: greedy answers to IFEval's prompts.
 
     python tests/benchmarks/run.py generation
 
-All on the real model (CLAIR_REAL_MODEL), side by side in one process, five rounds, batches of 16, at temperature 1.
-No answer ends by itself: the lengths are half of those that GPT-4's first 48 answers to IFEval have in this tokenizer.
+PROMPTS (64) of IFEval's prompts, spread over all of them (CLAIR_SHARED), at most TOKENS (512) tokens each, ROUNDS (3)
+rounds, SmolLM2-135M-Instruct (CLAIR_REAL_MODEL). Each side runs in a process of its own, one after another; times and
+peak memory (all of the process, weights included) leave the loading out.
 
-    equal              `generate` of transformers: one batch, each answer with the mean of the lengths
-    equal_same_product the same with the matrix product that a local model uses, so that only the batching differs
-    unequal            48 requests to a local model at once, with the lengths in their order
+    ours          a local model, 16 rows at once; a waiting prompt takes the place of an answer that has ended
+    transformers  `generate`, batches of 16 prompts in their order, each as long as its longest answer
+    llama.cpp     the GGUF file that CLAIR_GGUF names, one prompt at a time, by the interpreter CLAIR_LLAMA_PYTHON (this
+                  one if absent), which needs llama-cpp-python; its weights may be narrower
+
+Ours and transformers hold the same number of rows. Their tokens are compared row by row: another order of summation
+changes a token where two are equally likely, and all that follow it.
 """
 
 from __future__ import annotations
@@ -16,108 +21,175 @@ import asyncio
 import json
 import os
 import statistics
+import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BATCH = 16
-ROUNDS = 5
-EOS = 2
-LENGTHS = (
-    *(386, 471, 416, 284, 9, 251, 241, 421, 226, 512, 512, 395, 323, 451, 394, 171, 6, 33, 261, 35, 364, 45, 164, 262),
-    *(512, 451, 194, 47, 45, 147, 95, 512, 53, 70, 222, 27, 502, 512, 150, 491, 512, 442, 384, 287, 451, 13, 290, 433),
-)
-"""Tokens of answers, 512 at most."""
+PROMPTS, TOKENS, ROUNDS = (int(os.environ.get(name, value)) for name, value in
+                           (("PROMPTS", "64"), ("TOKENS", "512"), ("ROUNDS", "3")))  # fmt: skip
+END = 2
+SIDES = ("transformers", "ours", "llama.cpp")
 
 
 def measure() -> dict[str, Any] | None:
-    """Tokens per second of each side in each round, and the ratios."""
-    sys.path.insert(0, str(ROOT))
+    """Seconds of each side in each round, their ratios, peak memory, and how many rows have equal tokens."""
     default = Path.home() / ".cache" / "clair-apo" / "smollm2-135m"
     model = Path(os.environ.get("CLAIR_REAL_MODEL") or default)
-    if not (model / "model.safetensors").is_file():
+    shared = Path(os.environ.get("CLAIR_SHARED") or ROOT.parent / "shared")
+    prompts = shared / "data" / "ifeval" / "input_data.jsonl"
+    if not (model / "model.safetensors").is_file() or not prompts.is_file():
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        return _rounds(_endless(model, Path(folder)))
+    job = {"model": str(model.resolve()), "tokens": TOKENS, **_inputs(model, prompts)}
+    sides, left_out = list(SIDES), {}
+    gguf = os.environ.get("CLAIR_GGUF")
+    if gguf is None or not Path(gguf).is_file():
+        sides.remove("llama.cpp")
+        left_out = {"llama.cpp": "CLAIR_GGUF names no file"}
+    job["gguf"] = gguf
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for number in range(ROUNDS):
+        for side in sides:
+            rounds[side].append(_run(side, job))
+            shown = {key: value for key, value in rounds[side][-1].items() if key != "rows"}
+            print(f"round {number + 1}: {side} {json.dumps(shown)}", file=sys.stderr, flush=True)
+    ours, theirs = rounds["ours"][0]["rows"], rounds["transformers"][0]["rows"]
+    differing = [
+        next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+        for pair in zip(ours, theirs, strict=True)
+        if pair[0] != pair[1]
+    ]
+    return {
+        "prompts": len(ours),
+        "tokens": {side: sum(map(len, measured[0]["rows"])) for side, measured in rounds.items()},
+        "equal_rows": len(ours) - len(differing),
+        "first_differences": differing,
+        "left_out": left_out,
+        **{name: {side: [m[name] for m in measured] for side, measured in rounds.items()}
+           for name in ("seconds", "cpu_seconds", "peak_mb")},
+        **{f"{other}_over_ours": _ratios(rounds[other], rounds["ours"]) for other in sides if other != "ours"},
+        "batch": BATCH,
+        "max_tokens": TOKENS,
+        "load_average": round(os.getloadavg()[0], 1),
+        "python": sys.version.split()[0],
+    }  # fmt: skip
 
 
-def _endless(model: Path, folder: Path) -> Path:
-    """A copy of the model folder whose answers end at `max_tokens` only."""
-    for file in model.iterdir():
-        (folder / file.name).symlink_to(file)
-    config = json.loads((model / "generation_config.json").read_text("utf-8"))
-    (folder / "generation_config.json").unlink()
-    (folder / "generation_config.json").write_text(json.dumps(config | {"suppress_tokens": [EOS]}), "utf-8")
-    return folder
+def _ratios(other: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
+    """Our tokens a second over those of the other side, by the clock and by processor time, in each round."""
+    ratios: dict[str, Any] = {}
+    for name in ("seconds", "cpu_seconds"):
+        speeds = [[sum(map(len, m["rows"])) / m[name] for m in side] for side in (ours, other)]
+        values = [mine / theirs for mine, theirs in zip(*speeds, strict=True)]
+        ratios[name] = {"median": round(statistics.median(values), 3), "all": [round(value, 3) for value in values]}
+    return ratios
 
 
-def _rounds(folder: Path) -> dict[str, Any]:
+def _inputs(model: Path, prompts: Path) -> dict[str, Any]:
+    """The messages of the prompts and, for the sides that take tokens, their ids."""
+    from transformers import AutoTokenizer
+
+    rows = [json.loads(line)["prompt"] for line in prompts.read_text("utf-8").splitlines()]
+    chosen = [rows[index * len(rows) // PROMPTS] for index in range(PROMPTS)]
+    messages = [[{"role": "user", "content": prompt}] for prompt in chosen]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [tokenizer.apply_chat_template(row, add_generation_prompt=True, tokenize=False) for row in messages]
+    return {"messages": messages, "ids": tokenizer(texts, add_special_tokens=False)["input_ids"]}
+
+
+def _run(side: str, job: dict[str, Any]) -> dict[str, Any]:
+    """One side in a process of its own: seconds, processor seconds, peak memory, and the tokens of each row."""
+    python = os.environ.get("CLAIR_LLAMA_PYTHON", sys.executable) if side == "llama.cpp" else sys.executable
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([python, __file__, side], input=json.dumps(job), capture_output=True, text=True,
+                          env=environment, check=False)  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{side} ended with code {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- in the process of a side
+
+
+def _measured(generate: Callable[[], list[list[int]]]) -> dict[str, Any]:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    wall, cpu = time.perf_counter(), time.process_time()
+    rows = generate()
+    seconds = {"seconds": round(time.perf_counter() - wall, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
+    return {**seconds, "peak_mb": int(status["VmHWM"].split()[0]) // 1024, "rows": rows}
+
+
+def _transformers(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from clair.inference.generation.onednn import use_onednn
+    model = AutoModelForCausalLM.from_pretrained(job["model"]).eval()
+
+    def generate() -> list[list[int]]:
+        rows: list[list[int]] = []
+        for start in range(0, len(job["ids"]), BATCH):
+            batch = job["ids"][start : start + BATCH]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[END] * (longest - len(row)) + row for row in batch])
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch])
+            with torch.inference_mode():
+                out = model.generate(ids, attention_mask=mask, max_new_tokens=job["tokens"], do_sample=False)
+            rows += out[:, longest:].tolist()
+        return [row[: row.index(END) + 1] if END in row else row for row in rows]
+
+    return _measured(generate)
+
+
+def _ours(job: dict[str, Any]) -> dict[str, Any]:
     from clair.inference.local import LocalModel
 
-    lengths = [length // 2 for length in LENGTHS]
-    prompts = [f"Write {number + 2} sentences about the number {number}." for number in range(len(lengths))]
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    mean = round(statistics.mean(lengths))
-    transformer, same_product = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
-    use_onednn(same_product)
-    sides = {
-        "equal": lambda _: _equal(folder, transformer, messages[:BATCH], mean),
-        "equal_same_product": lambda _: _equal(folder, same_product, messages[:BATCH], mean),
-        "unequal": lambda sample: asyncio.run(_unequal(model, messages, lengths, sample)),
-    }
-    model = LocalModel(folder, batch_size=BATCH)
-    model.keep_loaded = True
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    _equal(folder, transformer, messages[:2], 2)
-    asyncio.run(_unequal(model, messages[:2], [2, 2], 0))
-    for sample in range(ROUNDS):
-        for name, side in sides.items():
-            began = time.perf_counter()
-            tokens = side(sample)
-            speeds[name].append(tokens / (time.perf_counter() - began))
-            print(f"round {sample + 1}: {name} {speeds[name][-1]:.1f} tokens/s", file=sys.stderr, flush=True)
-    ratios = [ours / best for ours, best in zip(speeds["unequal"], speeds["equal"], strict=True)]
-    same = [ours / best for ours, best in zip(speeds["unequal"], speeds["equal_same_product"], strict=True)]
-    return {
-        **{name: [round(value, 1) for value in values] for name, values in speeds.items()},
-        "ratios": [round(ratio, 3) for ratio in ratios],
-        "ratio": round(statistics.median(ratios), 3),
-        "ratios_same_product": [round(ratio, 3) for ratio in same],
-        "ratio_same_product": round(statistics.median(same), 3),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1),
-        "python": sys.version.split()[0],
-    }
+    class Recording(LocalModel):
+        tokens: dict[tuple[int, ...], list[int]]
+
+        def _reply(self, row: Any) -> str:
+            self.tokens[tuple(row.prompt)] = row.tokens
+            return super()._reply(row)
+
+    model = Recording(job["model"], batch_size=BATCH)
+    model.keep_loaded, model.tokens = True, {}
+    asyncio.run(model.check())
+
+    async def answer() -> None:
+        limits = {"temperature": 0, "max_tokens": job["tokens"]}
+        await asyncio.gather(*(model.complete({"messages": row, **limits}) for row in job["messages"]))
+
+    def generate() -> list[list[int]]:
+        asyncio.run(answer())
+        return [model.tokens[tuple(ids)] for ids in job["ids"]]
+
+    return _measured(generate)
 
 
-async def _unequal(model: Any, messages: list[list[dict[str, str]]], lengths: list[int], sample: int) -> int:
-    """Answer all requests; the tokens generated."""
-    requests = [
-        {"messages": row, "max_tokens": length, "temperature": 1.0}
-        for row, length in zip(messages, lengths, strict=True)
-    ]
-    replies = await asyncio.gather(*(model.complete(request, sample) for request in requests))
-    counts = [json.loads(reply)["usage"]["completion_tokens"] for reply in replies]
-    assert counts == lengths
-    return sum(counts)
+def _llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
+
+    room = max(map(len, job["ids"])) + job["tokens"]
+    model = Llama(job["gguf"], n_ctx=room, n_threads=len(os.sched_getaffinity(0)), verbose=False)
+
+    def answer(ids: list[int]) -> list[int]:
+        model.reset()
+        tokens: list[int] = []
+        for token in model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
+            tokens.append(token)
+            if token == END or len(tokens) == job["tokens"]:
+                break
+        return tokens
+
+    return _measured(lambda: [answer(ids) for ids in job["ids"]])
 
 
-def _equal(folder: Path, transformer: Any, messages: list[list[dict[str, str]]], tokens: int) -> int:
-    """Answer with `tokens` each by transformers alone; the tokens generated."""
-    import torch
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    texts = [tokenizer.apply_chat_template(row, add_generation_prompt=True, tokenize=False) for row in messages]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    with torch.inference_mode():
-        out = transformer.generate(**inputs, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0)
-    assert out.shape[1] == inputs["input_ids"].shape[1] + tokens
-    return tokens * len(texts)
+if __name__ == "__main__":
+    runs = dict(zip(SIDES, (_transformers, _ours, _llama_cpp), strict=True))
+    print(json.dumps(runs[sys.argv[1]](json.load(sys.stdin))))

@@ -31,9 +31,15 @@ from tests.apo.conftest import TEMPLATE, make_model, make_pairs, make_tokenizer
 from tests.apo.training.trainers import apo_trainer, assert_same_run, lora, options, trained
 
 
-@pytest.mark.parametrize("precomputed", [False, True], ids=["online", "precomputed"])
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize(("ours", "theirs"), [("apo_zero", "apo_zero"), ("apo_down", "apo_down"), ("dpo", "sigmoid")])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "adapter", "precomputed"),
+    [
+        ("apo_zero", "apo_zero", False, False),
+        ("apo_zero", "apo_zero", True, True),
+        ("apo_down", "apo_down", True, False),
+        ("dpo", "sigmoid", False, True),
+    ],
+)
 def test_trains_as_trls_own_arm_does(tmp_path, model_dir, tokenizer, pairs, ours, theirs, adapter, precomputed):
     # SGD, because Adam turns the rounding of a gradient near 0 into a step of full size.
     shared = {"precompute_ref_log_probs": precomputed, "optim": "sgd", "learning_rate": 0.5}
@@ -97,13 +103,12 @@ NAMED = ["apo_zero", "apo_down", "apo_zero_unpaired", "dpo", "kto", "sft", "ipo"
 OBJECTIVES = [*NAMED, pytest.param(MIXED, id="mixed"), pytest.param(margin_loss, id="margin_loss")]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("objective", ["apo_zero", "kto", "sft", *OBJECTIVES[-2:]], ids=str)  # of each kind
 def test_accumulation_is_exact_also_over_a_last_incomplete_window(tmp_path, tokenizer, objective):
     pairs = Dataset.from_list(make_pairs(14))  # windows of 4, 4, 4 and 2; then the same again
     runs = []
     for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
         more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 6}
-        more["beta"] = 1.0 if objective == "ipo" else 0.1  # whose loss is 25 at 0.1, with the rounding of a 25
         run = apo_trainer(tmp_path, tokenizer, pairs, objective=objective, optim="sgd", learning_rate=0.1, **more)
         runs.append(trained(run))
     assert_same_run(runs[1], runs[0], atol=1e-6)
@@ -265,8 +270,7 @@ def test_a_collator_of_the_users_own_trains_the_pairs_that_it_stacks(packed, tmp
     assert_same_run(*runs)
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("cached", [False, True], ids=["online", "precomputed"])
+@pytest.mark.parametrize(("adapter", "cached"), [(False, False), (True, True)], ids=["full", "lora precomputed"])
 def test_weights_are_exact_however_a_step_is_cut_up(tmp_path, tokenizer, adapter, cached):
     pairs, runs = weighted(), []
     cuts = ((4, 1, {}), (1, 4, {}), (2, 2, {"shared_prefix": False}), (4, 1, {"pack_tokens": 40}))

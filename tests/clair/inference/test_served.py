@@ -7,10 +7,12 @@ import json
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,16 @@ def wait_until(condition: Callable[[], Any], seconds: float, message: str) -> No
     while not condition():
         assert time.monotonic() < until, message
         time.sleep(0.05)
+
+
+def has_replies(tmp_path: Path) -> bool:
+    """True if the ledger of a running build holds a reply."""
+    file = tmp_path / "ledger.sqlite"
+    if not file.exists():
+        return False
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as ledger, suppress(sqlite3.OperationalError):
+        return ledger.execute("SELECT count(*) FROM calls WHERE state = 'done'").fetchone()[0] > 0
+    return False
 
 
 def assert_all_ended(tmp_path: Path) -> None:
@@ -148,8 +160,7 @@ def test_a_server_that_never_answers_ends_the_run_after_its_patience(tmp_path):
 def test_a_server_that_dies_in_the_middle_is_one_error_and_its_replies_are_kept(tmp_path):
     recipe = served_recipe(tmp_path, with_helper(tmp_path, f"{WORLD} --latency 0.5"), count=40)
     process = start_clair("build", recipe, "--set", "concurrency=4")
-    wait_until(lambda: (tmp_path / "ledger.sqlite").exists() and server_pids(tmp_path), 60, "no server was started")
-    time.sleep(4)
+    wait_until(lambda: has_replies(tmp_path), 60, "no reply came")
     os.kill(server_pids(tmp_path)[0], signal.SIGKILL)
     error = last_error(finished(process))
     assert "ended with exit code 137" in error
@@ -166,7 +177,10 @@ def test_the_server_ends_with_the_run(tmp_path, number, waiting):
     recipe = served_recipe(tmp_path, with_helper(tmp_path, command), count=60)
     process = start_clair("build", recipe, "--set", "concurrency=2")
     wait_until(lambda: len(server_pids(tmp_path)) == 2, 60, "no server was started")
-    time.sleep(0.5 if waiting else 4)
+    if waiting:
+        time.sleep(0.5)
+    else:
+        wait_until(lambda: has_replies(tmp_path), 60, "no reply came")
     assert process.poll() is None
     process.send_signal(number)
     result = finished(process)
