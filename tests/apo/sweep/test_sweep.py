@@ -187,6 +187,46 @@ def test_each_gpu_has_a_process_and_the_reference_is_still_computed_once(monkeyp
     assert all(run["right"]["ci95"] for run in result["runs"])
 
 
+RECORD = """
+import json, os, sys, time
+out, log = sys.argv[1:]
+device = os.environ["CUDA_VISIBLE_DEVICES"]
+def note(event):
+    with open(log, "a") as file:
+        file.write(json.dumps([event, device]) + chr(10))
+note("start")
+os.makedirs(out)
+open(os.path.join(out, "run.json"), "w").close()
+time.sleep(0.3)
+note("end")
+"""
+"""A stand-in of `apo train`: notes the GPU that it sees."""
+
+
+def test_each_run_sees_a_gpu_of_its_own_and_all_gpus_are_used(monkeypatch, recipe_file, tmp_path):
+    runs = expand_grid(recipe_file, parse_grid(["beta=0.1,0.2,0.3,0.4,0.5"]), [])
+    log = tmp_path / "devices.jsonl"
+
+    def start(command, output):
+        assert command[:2] == ["env", command[1]]
+        return WatchedProcess([*command[:2], sys.executable, "-c", RECORD, command[-1], str(log)], output)
+
+    monkeypatch.setattr(processes, "WatchedProcess", start)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    (tmp_path / "sweep").mkdir()
+    assert train_runs(runs, [str(recipe_file)], visible_devices(), Progress("runs", 5)) == {}
+    busy, most_busy = set(), 0
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    for event, device in events:
+        assert (device in busy) == (event == "end")
+        busy ^= {device}
+        most_busy = max(most_busy, len(busy))
+    assert most_busy == 2
+    assert {device for _, device in events} == {"4", "7"}
+    assert len(events) == 10
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_reported_and_the_others_are_compared(recipe_file, tmp_path):
     process = start(recipe_file, "--grid", "trainer.learning_rate=1e-3,1e38", "--set", "trainer.max_grad_norm=0")
