@@ -19,7 +19,7 @@ from apo.hub.cli import push
 from apo.rewards.cli import app as reward
 from apo.sweep.cli import sweep
 from clair.core.errors import EXIT_INTERRUPTED
-from clair.core.exit_codes import run
+from clair.core.exit_codes import run_application
 from clair.core.progress import printable
 from clair.storage.location import local
 
@@ -226,11 +226,11 @@ def main() -> None:
     """The `apo` command."""
     application = partial(app, prog_name="apo")
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        run(application)
+        run_application(application)
         return
     from apo.distributed.launch import run_and_exit
 
-    run_and_exit(lambda: run(application))
+    run_and_exit(lambda: run_application(application))
 
 
 if __name__ == "__main__":

@@ -103,11 +103,12 @@ def ifeval(
     dry_run: DryRun = False,
 ) -> None:
     """Score models on IFEval: which instructions their answers follow. Run it again to continue a stopped run."""
-    from apo.evaluation.ifeval.cli import run
+    from apo.evaluation.ifeval.cli import evaluate_models
     from apo.evaluation.ifeval.config import IFEvalConfig
 
     models = model or []
-    run(read_recipe(context, IFEvalConfig, recipe, set_, out, **_first_model(models)), models, dry_run=dry_run)
+    config = read_recipe(context, IFEvalConfig, recipe, set_, out, **_first_model(models))
+    evaluate_models(config, models, dry_run=dry_run)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from clair.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError
-from clair.core.exit_codes import run
+from clair.core.exit_codes import run_application
 from clair.core.recipe import text_override
 from clair.storage.location import Location, local
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The `clair` command."""
-    run(lambda: app(prog_name="clair"))
+    run_application(lambda: app(prog_name="clair"))
 
 
 @app.command()
@@ -347,7 +347,7 @@ def iterate(
     from clair.core.console import show as print_
     from clair.core.recipe import load_recipe
     from clair.rounds.config import IterateConfig
-    from clair.rounds.results import PICTURE, table
+    from clair.rounds.results import PICTURE, rounds_table
     from clair.rounds.run import RESULT, open_rounds, plan_lines
     from clair.rounds.run import iterate as run_rounds
 
@@ -358,7 +358,7 @@ def iterate(
         return
     result = run_rounds(rounds)
     if result.rounds:
-        print_(table(result.rounds))
+        print_(rounds_table(result.rounds))
         print_(f"{rounds.config.out}/{RESULT} and {rounds.config.out}/{PICTURE} hold the rounds")
     print_(f"{result.reason}; the best model is {result.best}")
     if result.exit_code:

@@ -26,7 +26,7 @@ SYSTEM_ERRNOS = {
 """The errors of disks and folders that a user can mend. Any other OSError is a bug, and its traceback is shown."""
 
 
-def run(application: Callable[[], None]) -> None:
+def run_application(application: Callable[[], None]) -> None:
     """Run a typer application. A UserError becomes one line on stderr and its exit code; Ctrl-C exits with 130."""
     try:
         application()

@@ -96,7 +96,7 @@ def _points(result: RoundResult) -> str:
     return f"{100 * result.gain:+.1f} {limits}"
 
 
-def table(results: Sequence[RoundResult]) -> Table:
+def rounds_table(results: Sequence[RoundResult]) -> Table:
     """Return a table with a line per round. Gains are in points with 95 % intervals."""
     scored, paid = any(result.score is not None for result in results), any(result.cost for result in results)
     columns = ("round", "pairs", "dropped", "steps", "gain over the previous round", "time")
@@ -111,7 +111,7 @@ def table(results: Sequence[RoundResult]) -> Table:
     return view
 
 
-def draw(results: Sequence[RoundResult], path: Path) -> None:
+def draw_rounds(results: Sequence[RoundResult], path: Path) -> None:
     """Plot the gain of each round with its interval, and the number of pairs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

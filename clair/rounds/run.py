@@ -29,7 +29,7 @@ from clair.pipeline.estimate import estimate
 from clair.pipeline.output_dir import lock_output
 from clair.rounds.config import IterateConfig, read_recipes
 from clair.rounds.phases import Phase, Rounds
-from clair.rounds.results import PICTURE, RoundResult, best_model, draw, read_round, stop_reason
+from clair.rounds.results import PICTURE, RoundResult, best_model, draw_rounds, read_round, stop_reason
 
 RECIPE, RESULT = "iterate.json", "rounds.json"
 _DUMMY_PAIRS = 1000
@@ -150,7 +150,7 @@ def _write(rounds: Rounds, results: list[RoundResult], reason: str | None) -> No
     out = Path(rounds.config.out)
     rows, best = [asdict(result) for result in results], best_model(results, rounds.model(0))
     if results:
-        draw(results, out / PICTURE)
+        draw_rounds(results, out / PICTURE)
     values = {"format": 1, "rounds": rows, "ended": reason, "best": best, "recipe": resolved(rounds.config)}
     write_json(out / RESULT, values | provenance())
 

@@ -18,8 +18,8 @@ from clair.core.errors import EXIT_SOME_FAILED
 from clair.terminal import client_progress
 
 
-def run(config: IFEvalConfig, folders: Sequence[str], *, dry_run: bool) -> None:
-    """Evaluate the models in `folders` one after the other, or that of the config if there are less than two."""
+def evaluate_models(config: IFEvalConfig, folders: Sequence[str], *, dry_run: bool) -> None:
+    """Evaluate the models in `folders` one after another, or the model of the config if there are fewer than two."""
     configs = configs_by_model(config, folders) if len(folders) > 1 else [config]
     work = [(model_config, load_inputs(model_config)) for model_config in configs]
     if dry_run:
