@@ -1,6 +1,6 @@
 """One policy for all users, one for each group, or one that reads its user's taste: whom does each serve?
 
-    python -m recipes.experiments.tastes.conditioned --out runs/conditioned --seeds 5
+    python -m recipes.experiments.tastes.conditioned --out runs/conditioned --seeds 100
 
 Twenty users of two groups with opposite tastes give 50 comparisons each; ten more, whom no policy is trained on, give
 eight. All policies are trained on the same 1,000 pairs, from the same base, with the same options:
@@ -42,7 +42,8 @@ def answers_for(folder: Path, states: Mapping[str, Sequence[float]], tasks: Sequ
     """The greedy answers of a policy with a soft prompt to all tasks, for each user by their state."""
     import apo as package
 
-    model, tokenizer, prompt = package.load_for_user(folder, next(iter(states.values())))
+    loaded: tuple[Any, Any, Any] = package.load_for_user(folder, next(iter(states.values())))
+    model, tokenizer, prompt = loaded
     prompt.states = torch.tensor([[*state] for state in states.values()])
     turns = [[{"role": "user", "content": task.prompt}] for task in tasks]
     ids = [tokenizer(str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)),
@@ -123,25 +124,26 @@ def rate(digits: str) -> float:
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
-    """For each policy the mean and the worst-served user, of trained and of new users, with intervals over seeds."""
+    """For each policy the mean win rate of trained and of new users, and that of the user it serves worst.
+
+    Intervals are over the tasks of all seeds: they say nothing about another training.
+    """
     table: dict[str, dict[str, Estimate]] = {}
     for policy in POLICIES:
-        by_kind: dict[str, list[float]] = {}
-        for line in lines:
-            rates = {user: rate(digits) for user, digits in line["wins"][policy].items()}
-            for kind, is_new in (("trained", False), ("new", True)):
-                values = [value for user, value in rates.items() if (int(user[1:]) >= USERS) == is_new]
-                by_kind.setdefault(f"{kind}, mean", []).append(sum(values) / len(values))
-                by_kind.setdefault(f"{kind}, worst", []).append(min(values))
-        table[policy] = {kind: clustered_mean(values, range(len(values))) for kind, values in by_kind.items()}
+        table[policy] = {}
+        for kind, is_new in (("trained", False), ("new", True)):
+            digits = [
+                ((line["seed"], task), int(digit) / 2)
+                for line in lines
+                for user, row in line["wins"][policy].items()
+                if (int(user[1:]) >= USERS) == is_new
+                for task, digit in enumerate(row)
+            ]
+            table[policy][kind] = clustered_mean([value for _, value in digits], [task for task, _ in digits])
+        rows = [row for line in lines for row in line["wins"][policy].values()]
+        worst = min(rows, key=rate)
+        table[policy]["worst"] = wilson(rate(worst) * len(worst), len(worst))
     return table
-
-
-def worst_user(line: Mapping[str, Any], policy: str) -> tuple[str, Estimate]:
-    """The user whom a policy serves worst in one seed, with the interval of the win rate over the tasks."""
-    user = min(line["wins"][policy], key=lambda name: rate(line["wins"][policy][name]))
-    digits = line["wins"][policy][user]
-    return user, wilson(rate(digits) * len(digits), len(digits))
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -154,25 +156,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whom one policy, one for each group and a conditioned one serve.")
     parser.add_argument("--out", type=Path, default=Path("runs/conditioned"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100])
     args = parser.parse_args()
     make_base(args.out / "base")
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         lines = read_results(args.results)
         if seed not in {line["seed"] for line in lines}:
             lines.append(measure(args.out / "base", args.out / f"seed-{seed}", seed))
             args.results.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.results, "".join(json.dumps(line) + "\n" for line in lines))
-    lines = read_results(args.results)
-    for policy in POLICIES:
-        print(policy, "; ".join(f"worst of seed {line['seed']}: {_text(*worst_user(line, policy))}" for line in lines))
-    if len(lines) > 1:
-        for policy, row in summary(lines).items():
-            print(policy, "; ".join(f"{_text(kind, estimate)}" for kind, estimate in row.items()))
+    for policy, row in summary(read_results(args.results)).items():
+        print(f"{policy:<12}", "; ".join(f"{kind} {cell(estimate)}" for kind, estimate in row.items()))
 
 
-def _text(name: str, estimate: Estimate) -> str:
-    return f"{name} {estimate.mean:.3f} [{estimate.lo:.3f}, {estimate.hi:.3f}]"
+def cell(estimate: Estimate) -> str:
+    """A mean with its interval."""
+    return f"{estimate.mean:.3f} [{estimate.lo:.3f}, {estimate.hi:.3f}]"
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class RatedPair:
 
 def rating(annotation: Any) -> float | None:
     """The number in an annotation, or None."""
-    value = annotation.get("Rating") if isinstance(annotation, Mapping) else annotation
+    value: Any = annotation.get("Rating") if isinstance(annotation, Mapping) else annotation
     try:
         number = float(value)
     except (TypeError, ValueError):
