@@ -9,9 +9,9 @@ import torch
 
 from clair.core.errors import UserError
 from recipes.experiments.tastes.conditioned import POLICIES, rate, summary, wins
-from recipes.experiments.tastes.picture import PICTURE, table
 from recipes.experiments.vpl import contexts
 from recipes.experiments.vpl.aspects import ASPECTS, controversial_pairs, write_users
+from recipes.experiments.vpl.picture import PICTURE, context_table, policy_table
 from recipes.experiments.vpl.rated import rated_rows
 from recipes.world.style import PRAISE
 from tests.apo.conftest import make_model, make_tokenizer, write_jsonl
@@ -33,10 +33,13 @@ def test_the_summary_has_the_mean_of_trained_and_of_new_users_and_the_worst_serv
             "wins": {policy: dict(zip(("u0", "u1", "u20"), digits, strict=True)) for policy in POLICIES},
         }
 
-    row = summary([line(0, "22", "00", "21"), line(1, "22", "11", "22")])["pooled"]
-    assert {kind: estimate.mean for kind, estimate in row.items()} == {"trained": 0.625, "new": 0.875, "worst": 0.0}
-    assert row["trained"].clusters == 4
-    assert row["worst"].hi > 0.3
+    lines = [line(0, "22", "00", "21"), line(1, "22", "11", "22")]
+    row = summary(lines)["pooled"]
+    assert {kind: estimate.mean for kind, estimate in row.items()} == {"trained": 0.625, "new": 0.875, "worst": 0.25}
+    assert (row["trained"].clusters, row["worst"].clusters) == (2, 2)
+    single = summary(lines[:1])["pooled"]
+    assert (single["trained"].clusters, single["worst"].mean) == (2, 0.0)
+    assert single["worst"].hi > 0.3
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def test_rated_answers_are_controversial_often():
 
 def test_the_page_shows_the_committed_results():
     text = PAGE.read_text("utf-8")
-    assert len(table()) == len(POLICIES)
-    for row in table():
+    assert (len(context_table()), len(policy_table())) == (6, len(POLICIES))
+    for row in (*context_table(), *policy_table()):
         assert " | ".join(row[1:]) in text, row
     assert PICTURE.is_file()

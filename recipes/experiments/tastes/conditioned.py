@@ -1,6 +1,6 @@
 """One policy for all users, one for each group, or one that reads its user's taste: whom does each serve?
 
-    python -m recipes.experiments.tastes.conditioned --out runs/conditioned --seeds 100
+    python -m recipes.experiments.tastes.conditioned --out runs/conditioned --seeds 0 1 2 100
 
 Twenty users of two groups with opposite tastes give 50 comparisons each; ten more, whom no policy is trained on, give
 eight. All policies are trained on the same 1,000 pairs, from the same base, with the same options:
@@ -124,26 +124,32 @@ def rate(digits: str) -> float:
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
-    """For each policy the mean win rate of trained and of new users, and that of the user it serves worst.
+    """For each policy the mean win rate of trained and of new users, and that of the user it serves worst in a seed.
 
-    Intervals are over the tasks of all seeds: they say nothing about another training.
+    Intervals are over seeds, each another training; of a single seed over its tasks.
     """
     table: dict[str, dict[str, Estimate]] = {}
     for policy in POLICIES:
         table[policy] = {}
         for kind, is_new in (("trained", False), ("new", True)):
             digits = [
-                ((line["seed"], task), int(digit) / 2)
+                (line["seed"] if len(lines) > 1 else task, int(digit) / 2)
                 for line in lines
                 for user, row in line["wins"][policy].items()
                 if (int(user[1:]) >= USERS) == is_new
                 for task, digit in enumerate(row)
             ]
-            table[policy][kind] = clustered_mean([value for _, value in digits], [task for task, _ in digits])
-        rows = [row for line in lines for row in line["wins"][policy].values()]
-        worst = min(rows, key=rate)
-        table[policy]["worst"] = wilson(rate(worst) * len(worst), len(worst))
+            table[policy][kind] = clustered_mean([value for _, value in digits], [cluster for cluster, _ in digits])
+        worst = [min(line["wins"][policy].values(), key=rate) for line in lines]
+        rates = list(map(rate, worst))
+        alone = len(lines) == 1
+        table[policy]["worst"] = of_tasks(worst[0]) if alone else clustered_mean(rates, range(len(rates)))
     return table
+
+
+def of_tasks(digits: str) -> Estimate:
+    """The win rate of one user with its interval over the tasks (Wilson's)."""
+    return wilson(rate(digits) * len(digits), len(digits))
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -156,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whom one policy, one for each group and a conditioned one serve.")
     parser.add_argument("--out", type=Path, default=Path("runs/conditioned"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[100])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 100])
     args = parser.parse_args()
     make_base(args.out / "base")
     for seed in args.seeds:
@@ -165,13 +171,18 @@ def main() -> None:
             lines.append(measure(args.out / "base", args.out / f"seed-{seed}", seed))
             args.results.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.results, "".join(json.dumps(line) + "\n" for line in lines))
-    for policy, row in summary(read_results(args.results)).items():
+    lines = read_results(args.results)
+    for line in lines:
+        for user in line["wins"][POLICIES[0]]:
+            cells = (f"{policy} {cell(of_tasks(line['wins'][policy][user]))}" for policy in POLICIES)
+            print(f"seed {line['seed']} {user:<4}", "; ".join(cells))
+    for policy, row in summary(lines).items():
         print(f"{policy:<12}", "; ".join(f"{kind} {cell(estimate)}" for kind, estimate in row.items()))
 
 
 def cell(estimate: Estimate) -> str:
-    """A mean with its interval."""
-    return f"{estimate.mean:.3f} [{estimate.lo:.3f}, {estimate.hi:.3f}]"
+    """A share with its interval, inside [0, 1]."""
+    return f"{estimate.mean:.3f} [{max(0, estimate.lo):.3f}, {min(1, estimate.hi):.3f}]"
 
 
 if __name__ == "__main__":
