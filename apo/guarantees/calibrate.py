@@ -21,7 +21,7 @@ from apo.guarantees.conformal import (
     precision_promise,
     precision_threshold,
 )
-from apo.guarantees.properties import Certificate, Kind, certify_widths, critical_widths
+from apo.guarantees.properties import Certificate, PropertyKind, certify_widths, critical_widths
 from clair.core.errors import UserError, list_some, near_miss
 from clair.core.files import content_hash
 from clair.data.records import SCORES
@@ -109,7 +109,7 @@ def filter_above(pairs: Sequence[Mapping[str, Any]], above: float, promise: str)
 def certify(
     rows: Sequence[Mapping[str, Any]],
     alpha: float,
-    kind: Kind = "rises",
+    kind: PropertyKind = "rises",
     *,
     of: str = SCORES[0],
     than: str = SCORES[1],

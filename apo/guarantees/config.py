@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from apo.guarantees.calibrate import Guarantee
-from apo.guarantees.properties import Kind
+from apo.guarantees.properties import PropertyKind
 from clair.core.recipe import Recipe, check_used
 from clair.data.records import SCORES
 from clair.storage.location import LocalPath
@@ -37,7 +37,7 @@ class CalibrateConfig(GuaranteeConfig):
 class CertifyConfig(GuaranteeConfig):
     """A property that score columns should have."""
 
-    property: Kind = "rises"
+    property: PropertyKind = "rises"
     of: str = SCORES[0]
     than: str = SCORES[1]
     ladder: tuple[str, ...] = ()

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     Floats = NDArray[Any]
 
-Kind = Literal["rises", "concave", "same", "floor", "ceiling", "lipschitz"]
+PropertyKind = Literal["rises", "concave", "same", "floor", "ceiling", "lipschitz"]
 
 
-def critical_widths(kind: Kind, scores: Floats, bound: float = 0.0, distance: Floats | float = 1.0) -> Floats:
+def critical_widths(kind: PropertyKind, scores: Floats, bound: float = 0.0, distance: Floats | float = 1.0) -> Floats:
     """Return the critical width of each unit, [n], from its `scores` [n, k]; 0 if they have the property as they are.
 
     rises       no score is below an earlier one: the largest fall

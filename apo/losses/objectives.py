@@ -34,7 +34,7 @@ from clair.core.errors import UserError, near_miss
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["paired", "unpaired", "likelihood"]
+ObjectiveKind = Literal["paired", "unpaired", "likelihood"]
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -232,12 +232,12 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 }
 """The objectives that a recipe can name."""
 
-_KINDS: dict[tuple[str, ...], Kind] = {
+_KINDS: dict[tuple[str, ...], ObjectiveKind] = {
     ("chosen", "rejected"): "paired",
     ("logratio", "desirable"): "unpaired",
     ("chosen_logp", "rejected_logp"): "likelihood",
 }
-_OPTIONAL_INPUTS: dict[Kind, frozenset[str]] = {
+_OPTIONAL_INPUTS: dict[ObjectiveKind, frozenset[str]] = {
     "paired": frozenset({"beta", "chosen_len", "rejected_len"}),
     "unpaired": frozenset({"beta", "kl"}),
     "likelihood": frozenset({"beta", "chosen_len", "rejected_len"}),
@@ -253,7 +253,7 @@ class Objective:
 
     name: str
     function: Callable[..., Tensor]
-    kind: Kind
+    kind: ObjectiveKind
     inputs: frozenset[str]
     length_normalised: bool = False
 
@@ -295,7 +295,7 @@ def resolve_objective(spec: str | Callable[..., Tensor] | Objective) -> Objectiv
     return Objective(name, spec, kind, inputs)
 
 
-def _read_signature(name: str, function: Callable[..., Tensor]) -> tuple[Kind, frozenset[str]]:
+def _read_signature(name: str, function: Callable[..., Tensor]) -> tuple[ObjectiveKind, frozenset[str]]:
     """Return the kind and the optional inputs that the function's parameters declare."""
     parameters = list(inspect.signature(function).parameters.values())
     first_two = tuple(parameter.name for parameter in parameters[:2])

@@ -81,7 +81,7 @@ def iterate(rounds: Rounds) -> IterateResult:
     out = Path(rounds.config.out)
     with lock_output(out, GRACE_SECONDS):
         if not (out / RECIPE).is_file():
-            check(rounds)
+            check_rounds(rounds)
         write_json(out / RECIPE, rounds.recipes.content(rounds.config))
         results: list[RoundResult] = []
         reason, exit_code = None, 0
@@ -158,7 +158,7 @@ def _write(rounds: Rounds, results: list[RoundResult], reason: str | None) -> No
 # ---- before any work
 
 
-def check(rounds: Rounds) -> dict[str, list[str]]:
+def check_rounds(rounds: Rounds) -> dict[str, list[str]]:
     """Check all recipes before any work. Returns what each `apo` command notes on its cost, by phase.
 
     Training is planned on dummy pairs: each prompt of the build with two answers of `_DUMMY_WORDS` words. Raises
@@ -199,9 +199,9 @@ def _dummy_pairs(rounds: Rounds) -> Iterator[Path]:
 def plan_lines(rounds: Rounds) -> Iterator[str]:
     """Yield the lines of `--dry-run`: the recipe, the commands of each round, and the maximal cost of a round.
 
-    A later round has no more prompts than the first. Raises UserError as `check` does.
+    A later round has no more prompts than the first. Raises UserError as `check_rounds` does.
     """
-    notes, roles = check(rounds), estimate(rounds.recipes.build)
+    notes, roles = check_rounds(rounds), estimate(rounds.recipes.build)
     yield yaml.safe_dump(resolved(rounds.config), sort_keys=False, allow_unicode=True).rstrip()
     calls = ", ".join(f"{role} {of_role.max_calls:,}" for role, of_role in roles.items())
     for number in range(rounds.config.rounds + 1):

@@ -117,7 +117,7 @@ def _draw_misbehaviour(number: float, rates: Misbehaviour, names: tuple[str, ...
     return None
 
 
-def plan(seed: int, body: str, rates: Misbehaviour) -> ReplyPlan:
+def plan_reply(seed: int, body: str, rates: Misbehaviour) -> ReplyPlan:
     """The plan for the request whose body has this hash."""
     return ReplyPlan(
         transport=_draw_misbehaviour(share(seed, body, "transport"), rates, TRANSPORT),
@@ -238,7 +238,7 @@ def answer(message: str, seed: int, body: str, *, stronger: bool = False) -> Ser
     return ServedReply(text)
 
 
-def cut(reply: ServedReply, max_tokens: int | None) -> ServedReply:
+def truncate(reply: ServedReply, max_tokens: int | None) -> ServedReply:
     """The reply within a token limit, counting four characters as a token."""
     if max_tokens is None or len(reply.text) <= 4 * max_tokens:
         return reply

@@ -29,7 +29,17 @@ from typing import Any
 from aiohttp import web
 
 from recipes.world.judge import SCORE, Leanings, judge, score
-from recipes.world.reviser import Misbehaviour, ReplyPlan, ServedReply, answer, cut, plan, revise, share, user_texts
+from recipes.world.reviser import (
+    Misbehaviour,
+    ReplyPlan,
+    ServedReply,
+    answer,
+    plan_reply,
+    revise,
+    share,
+    truncate,
+    user_texts,
+)
 from recipes.world.tides import call, revise_call
 
 MODELS = ("world-reviser", "world-target", "world-stronger", "world-judge", "world-second-judge")
@@ -166,7 +176,7 @@ class WorldServer:
             raise self.too_many(f"more than {options.cap} requests in flight")
         body = await read_body(request)
         body_id = body_hash(body)
-        planned = plan(options.seed, body_id, options.misbehaviour)
+        planned = plan_reply(options.seed, body_id, options.misbehaviour)
         self.fail_as_planned(body_id, planned)
         await self.crowded.wait()
         if delay := options.latency + options.slow_seconds * planned.slow:
@@ -223,7 +233,7 @@ class WorldServer:
         if spoilt := replies[0].spoilt:
             self.counts.misbehaviours[spoilt] += 1
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        return completion_object(body, body_id, [cut(reply, limit) for reply in replies])
+        return completion_object(body, body_id, [truncate(reply, limit) for reply in replies])
 
 
 def model_list(models: Sequence[str]) -> dict[str, Any]:

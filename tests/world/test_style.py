@@ -11,12 +11,12 @@ import pytest
 from recipes.experiments.advice.measure import TARGETS
 from recipes.experiments.paper_mini.models import SPREAD, answered
 from recipes.world.judge import Leanings, judge
-from recipes.world.reviser import Misbehaviour, corrected, plan, read_request, revise
+from recipes.world.reviser import Misbehaviour, corrected, plan_reply, read_request, revise
 from recipes.world.style import PREFIXES, STYLES, SUFFIXES, add_style, improve_style, remove_style, style_of
 from recipes.world.tasks import distinct_tasks, is_right
 
 TASKS = distinct_tasks("train", 40, seed=3)
-PLAIN = replace(plan(0, "x", Misbehaviour()), style=0)
+PLAIN = replace(plan_reply(0, "x", Misbehaviour()), style=0)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -31,7 +31,7 @@ class Constraint:
 
 
 @dataclass(frozen=True)
-class ConstraintKind:
+class Kind:
     """A constraint type: its wordings, and how its parameters are drawn for a task.
 
     Every parameter stands in each wording as {name}; a list is written as `"a" and "b"`.
@@ -63,51 +63,51 @@ def _limit(name: str, values: Sequence[int], relation: str, relations: Sequence[
 
 
 LESS, LEAST = "less than", "at least"
-KINDS: dict[str, ConstraintKind] = {
-    "keywords:existence": ConstraintKind(
+KINDS: dict[str, Kind] = {
+    "keywords:existence": Kind(
         ("Work the words {keywords} into your text.", "The words {keywords} have to occur somewhere in it."),
         lambda random, task: {"keywords": _words(random, task, 2)},
     ),
-    "keywords:frequency": ConstraintKind(
+    "keywords:frequency": Kind(
         ("Use the word {keyword} {relation} {frequency} times.", "{keyword} must occur {relation} {frequency} times."),
         lambda random, task: {
             "keyword": _words(random, task, 1)[0], "relation": random.choice((LESS, LEAST)),
             "frequency": random.randint(2, 3),
         },
     ),
-    "keywords:forbidden_words": ConstraintKind(
+    "keywords:forbidden_words": Kind(
         ("Stay away from the words {forbidden_words}.", "You may not use any of these words: {forbidden_words}."),
         lambda random, task: {"forbidden_words": _words(random, task, 2)},
     ),
-    "keywords:letter_frequency": ConstraintKind(
+    "keywords:letter_frequency": Kind(
         ("The letter {letter} has to show up {let_relation} {let_frequency} times.",),
         lambda random, task: {
             "letter": random.choice("bcdfghkmpvwy"), "let_relation": random.choice((LESS, LEAST)),
             "let_frequency": random.randint(4, 12),
         },
     ),
-    "language:response_language": ConstraintKind(
+    "language:response_language": Kind(
         ("Reply in {language} from beginning to end.", "Every sentence of your reply has to be in {language}."),
         lambda random, task: {"language": random.choice(sorted(_LANGUAGES))},
     ),
-    "length_constraints:number_sentences": ConstraintKind(
+    "length_constraints:number_sentences": Kind(
         ("Write {relation} {num_sentences} sentences.", "Its length: {relation} {num_sentences} sentences."),
         lambda random, task: {"num_sentences": random.randint(3, 6), "relation": random.choice((LESS, LESS, LEAST))},
         mendable=True,
     ),
-    "length_constraints:number_paragraphs": ConstraintKind(
+    "length_constraints:number_paragraphs": Kind(
         ("Split it into {num_paragraphs} paragraphs with a line of three asterisks (***) between them.",),
         lambda random, task: {"num_paragraphs": random.randint(2, 3)},
         mendable=True,
     ),
-    "length_constraints:number_words": ConstraintKind(
+    "length_constraints:number_words": Kind(
         ("Use {relation} {num_words} words.", "Its length has to be {relation} {num_words} words."),
         lambda random, task: {"num_words": random.choice((30, 40, 50, 60, 80)), "relation": LESS}
         if random.random() < 0.75
         else {"num_words": random.choice((60, 80, 100)), "relation": LEAST},
         mendable=True,
     ),
-    "length_constraints:nth_paragraph_first_word": ConstraintKind(
+    "length_constraints:nth_paragraph_first_word": Kind(
         (
             "Make it {num_paragraphs} paragraphs, with an empty line between them and no other empty line, and let "
             "paragraph number {nth_paragraph} begin with the word {first_word}.",
@@ -116,7 +116,7 @@ KINDS: dict[str, ConstraintKind] = {
             "num_paragraphs": 2, "nth_paragraph": random.randint(1, 2), "first_word": random.choice(_FIRST_WORDS),
         },
     ),
-    "detectable_content:number_placeholders": ConstraintKind(
+    "detectable_content:number_placeholders": Kind(
         (
             "Leave {num_placeholders} or more gaps to fill in, each named in square brackets, as in [city].",
             "Put {num_placeholders} or more fields in square brackets into the text, such as [date].",
@@ -124,12 +124,12 @@ KINDS: dict[str, ConstraintKind] = {
         lambda random, task: {"num_placeholders": random.randint(1, 3)},
         mendable=True,
     ),
-    "detectable_content:postscript": ConstraintKind(
+    "detectable_content:postscript": Kind(
         ("After the text, add a note that begins with {postscript_marker}", "Close with a {postscript_marker} note."),
         lambda random, task: {"postscript_marker": random.choice(("P.S.", "P.P.S"))},
         mendable=True,
     ),
-    "detectable_format:number_bullet_lists": ConstraintKind(
+    "detectable_format:number_bullet_lists": Kind(
         (
             "Give it a list of exactly {num_bullets} bullet points, each on a line that starts with *",
             "Exactly {num_bullets} lines must be bullet points that start with *",
@@ -137,10 +137,10 @@ KINDS: dict[str, ConstraintKind] = {
         lambda random, task: {"num_bullets": random.randint(2, 4)},
         mendable=True,
     ),
-    "detectable_format:constrained_response": ConstraintKind(
+    "detectable_format:constrained_response": Kind(
         ('Reply with one of these only: "My answer is yes.", "My answer is no.", "My answer is maybe."',),
     ),
-    "detectable_format:number_highlighted_sections": ConstraintKind(
+    "detectable_format:number_highlighted_sections": Kind(
         (
             "Mark {num_highlights} or more phrases with asterisks, *like this*.",
             "Set {num_highlights} or more passages in *asterisks* so that they stand out.",
@@ -148,54 +148,54 @@ KINDS: dict[str, ConstraintKind] = {
         lambda random, task: {"num_highlights": random.randint(1, 3)},
         mendable=True,
     ),
-    "detectable_format:multiple_sections": ConstraintKind(
+    "detectable_format:multiple_sections": Kind(
         ('Divide it into {num_sections} sections headed "{section_spliter} 1", "{section_spliter} 2" and so on.',),
         lambda random, task: {
             "num_sections": random.randint(2, 3), "section_spliter": random.choice(("Section", "SECTION")),
         },
         mendable=True,
     ),
-    "detectable_format:json_format": ConstraintKind(
+    "detectable_format:json_format": Kind(
         ("Write nothing but one valid JSON value.", "Your whole reply has to parse as JSON."), mendable=True
     ),
-    "detectable_format:title": ConstraintKind(
+    "detectable_format:title": Kind(
         ("Put a heading in double angle brackets, as in <<my heading>>.", "Add a title of the form <<title>>."),
         mendable=True,
     ),
-    "combination:two_responses": ConstraintKind(
+    "combination:two_responses": Kind(
         ("Write two versions that differ, with a line of six asterisks (******) between them and nowhere else.",),
     ),
-    "combination:repeat_prompt": ConstraintKind(
+    "combination:repeat_prompt": Kind(
         (
             "Begin by copying the request above exactly as it stands, without this sentence; your reply comes after.",
         ),
         lambda random, task: {"prompt_to_repeat": task},
         mendable=True,
     ),
-    "startend:end_checker": ConstraintKind(
+    "startend:end_checker": Kind(
         ('The last words have to be "{end_phrase}"', 'End with "{end_phrase}" and write nothing more.'),
         lambda random, task: {"end_phrase": random.choice(_ENDINGS)},
         mendable=True,
     ),
-    "change_case:capital_word_frequency": ConstraintKind(
+    "change_case:capital_word_frequency": Kind(
         ("Write {capital_relation} {capital_frequency} words in capitals only.",),
         lambda random, task: {
             "capital_frequency": random.randint(2, 5), "capital_relation": random.choice((LESS, LEAST, LEAST)),
         },
         mendable=True,
     ),
-    "change_case:english_capital": ConstraintKind(
+    "change_case:english_capital": Kind(
         ("Write it in English and in CAPITALS from start to end.", "Use capital letters only, and English."),
         mendable=True,
     ),
-    "change_case:english_lowercase": ConstraintKind(
+    "change_case:english_lowercase": Kind(
         ("Write it in English and never use a capital letter.", "Use small letters only, and English."),
         mendable=True,
     ),
-    "punctuation:no_comma": ConstraintKind(
+    "punctuation:no_comma": Kind(
         ("Do without commas altogether.", "There may not be a single comma in it."), mendable=True
     ),
-    "startend:quotation": ConstraintKind(
+    "startend:quotation": Kind(
         ("Put double quotation marks around your reply as a whole.", "Open and close your reply with a \" mark."),
         mendable=True,
     ),
