@@ -192,7 +192,8 @@ def _print_plan(config: Any, processes: int | None) -> None:
 
 
 def _print_estimate(planned: Any, costs: Any) -> None:
-    from apo.cost.memory import check_fits, describe_tokens, run_flops, table
+    from apo.cost.fitting import check_fits, describe_tokens, table
+    from apo.cost.memory import run_flops
     from apo.cost.sizes import CPU_SHARE, MFU
     from clair.inference.generation.onednn import REPEATS
 

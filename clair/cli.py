@@ -50,7 +50,7 @@ def build(
     from clair.core.console import show as print_
     from clair.core.progress import duration, print_line, progress
     from clair.core.recipe import load_recipe
-    from clair.data.dataset import quality_warnings
+    from clair.data.dataset_card import quality_warnings
     from clair.pipeline.build import build as build_dataset
     from clair.pipeline.build import check_recipe
     from clair.pipeline.config import BuildConfig, redacted
@@ -130,7 +130,7 @@ def merge(
     from clair.cluster.merge import merge as merge_shards
     from clair.core.console import show as print_
     from clair.core.progress import print_line
-    from clair.data.dataset import quality_warnings
+    from clair.data.dataset_card import quality_warnings
     from clair.terminal import summary
 
     manifest = merge_shards(folder, out)
@@ -249,7 +249,7 @@ def export(
 
     check_name("unknown form", as_, FORMS)
     check_name("unknown split", split, SPLITS)
-    print_(f"{write(as_, folder, split, out)} rows in {out}")  # pyright: ignore[reportArgumentType]  # checked above
+    print_(f"{write(as_, folder, split, out)} rows in {out}")
 
 
 @app.command()

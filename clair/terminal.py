@@ -16,7 +16,8 @@ from rich.text import Text
 
 from clair.core.progress import CompletionRate, duration, format_rate, progress
 from clair.data.contrast import word_diff
-from clair.data.dataset import DatasetWriter, balance_text, read_manifest, scores_texts
+from clair.data.dataset import DatasetWriter, read_manifest
+from clair.data.dataset_card import balance_text, scores_texts
 from clair.data.records import task_text
 from clair.inference.client import ModelClient
 from clair.inference.endpoint_check import Check

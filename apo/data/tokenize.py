@@ -40,7 +40,7 @@ PREVIEW_ROWS = 64
 class Tokenized:
     """Tokenized rows, the number of dropped rows by reason, and notes for the user."""
 
-    dataset: Dataset
+    dataset: Any  # a Dataset, or an IterableDataset of a stream
     dropped: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -137,16 +137,17 @@ def tokenize_stream(
     name: str,
     objective: Mixture,
     weights: str | None = None,
-) -> tuple[IterableDataset, dict[str, int], list[str]]:
-    """A stream with the columns that `tokenize` adds, tokenized row by row; the numbers of rows left out until now, by
-    reason; and notes on its first `PREVIEW_ROWS` rows. A row that comes again in another epoch counts once.
+) -> Tokenized:
+    """A stream with the columns that `tokenize` adds, tokenized row by row; its notes describe `PREVIEW_ROWS` rows.
+
+    `dropped` counts the rows left out until now; a row that comes again in another epoch counts once.
 
     Raises UserError as `tokenize` does: at once for the first row, and for a later one when it comes.
     """
     first = first_row(stream, name)
     dropped: dict[str, int] = {}
     if set(ID_COLUMNS) <= set(first):
-        return stream, dropped, []
+        return Tokenized(stream)
     unpaired = first.get("chosen") is None and first.get("completion") is not None
     _refuse_unpaired(objective, name, unpaired)
     control, left_out = control_tokens(tokenizer, eos), {reason: set() for reason in DROPPED}
@@ -174,7 +175,7 @@ def tokenize_stream(
     ]
     notes = [f"{note}, of the first rows" for note in _notes(noted, name)]
     tokenised = stream.map(read, with_indices=True, remove_columns=[key for key in first if key != weights])
-    return tokenised.filter(lambda row: not row["_dropped"]).remove_columns(["_dropped"]), dropped, notes
+    return Tokenized(tokenised.filter(lambda row: not row["_dropped"]).remove_columns(["_dropped"]), dropped, notes)
 
 
 def first_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[str, Any]]:

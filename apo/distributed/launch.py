@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clair.core.errors import EXIT_INTERRUPTED, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 _LAUNCHER_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -105,6 +108,11 @@ def check_devices(args: Any) -> None:
             "fsdp_cpu_ram_efficient_loading leaves the weights of all processes but one empty, and the reference's "
             "log-probs are computed from them before they are sharded; set it to false"
         )
+
+
+def sum_over_processes(accelerator: Any, tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes of accelerate's `accelerator`, each of which must call it."""
+    return accelerator.reduce(tensor, "sum")
 
 
 def fsdp_requested(args: Any) -> bool:

@@ -12,7 +12,7 @@ from apo.hub.evidence import evidence_lines
 from apo.models.load import ADAPTER_CONFIG
 from apo.run_dir.checkpoints import checkpoint_step, checkpoints, find_damage
 from apo.run_dir.files import CARD, METRICS, PICTURE, RUN, card, read_log, read_run
-from apo.training.train import last_metrics
+from apo.training.run_json import last_metrics
 from clair.core.errors import UserError
 from clair.core.files import read_json
 from clair.core.urls import without_secrets

@@ -26,6 +26,7 @@ class Meter:
         self.accelerator = accelerator
         self.scale = scale
         self._rows: dict[str, list[Tensor]] = {"train": [], "eval": []}
+        self._aux_losses: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._since: float | None = None
         self._paused = 0.0
 
@@ -41,9 +42,10 @@ class Meter:
         yield
         self._paused += time.perf_counter() - start
 
-    def add(self, mode: str, rows: Tensor) -> None:
-        """Store the metrics of a micro-batch, [B, C], without a transfer or communication."""
+    def add(self, mode: str, rows: Tensor, aux_loss: Tensor | None = None) -> None:
+        """Store the metrics of a micro-batch, [B, C], and a mixture of experts' loss, without a transfer."""
         self._rows[mode].append(rows)
+        self._aux_losses[mode] += [] if aux_loss is None else [aux_loss.detach()]
 
     def has(self, mode: str) -> bool:
         """True if there are pairs since the last log."""
@@ -60,6 +62,14 @@ class Meter:
             rows = self.accelerator.gather(self.accelerator.pad_across_processes(rows))
             rows = rows[rows[:, -1] == 1, :-1]
         return rows.cpu()
+
+    def mean_aux_loss(self, mode: str) -> dict[str, float]:
+        """The mean `aux_loss` over the batches since the last call, averaged over processes; empty without one."""
+        if not self._aux_losses[mode]:
+            return {}
+        mean, self._aux_losses[mode] = torch.stack(self._aux_losses[mode]).float().mean(), []
+        means: Any = self.accelerator.gather(mean)
+        return {"aux_loss": means.mean().item()}
 
     def speed(self, rows: Tensor) -> dict[str, float]:
         """Return pairs, tokens (of both sequences with prompts) per second since the last call, and the MFU."""

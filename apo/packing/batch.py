@@ -23,7 +23,6 @@ PAIR_WEIGHT = "pair_weight"
 """Key of an example's weight, if a dataset column holds weights."""
 STATE = "user_state"
 """Key of an example's state of its user, if a dataset column holds states."""
-_TOKENS = ("prompt_ids", *(f"{side}_{kind}" for side in SIDES for kind in ("ids", "mask")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,31 +120,3 @@ def _example(*rows: tuple[list[int], list[int], int]) -> dict[str, list[int]]:
         if 0 in mask[start:]:
             example[f"{side}_mask"] = mask[start:]
     return example
-
-
-def rotate_responses(
-    batches: Sequence[PairBatch], gather: Callable[[list[Any]], list[Any]] = list, rank: int = 0
-) -> list[PairBatch]:
-    """The same pairs, with each prompt followed by the responses of the next pair, rotating over all the batches.
-
-    KTO estimates its divergence on these (arXiv 2402.01306: x_i with y_j, j = i + 1 modulo their number). The batches
-    keep their sizes. `gather` concatenates the lists of all processes; pairs then follow one another as they would in
-    one process. A single pair has no other responses: its batch is a dummy.
-    """
-    rows = [[{key: e[key] for key in (*_TOKENS, STATE) if key in e} for e in batch.examples] for batch in batches]
-    firsts = gather([[None if batch.dummy else row[0] for batch, row in zip(batches, rows, strict=True)]])
-    order = sorted((step, process) for process, steps in enumerate(firsts) for step, first in enumerate(steps) if first)
-    successors = dict(zip(order, order[1:] + order[:1], strict=True))
-    rotated = []
-    for step, (batch, examples) in enumerate(zip(batches, rows, strict=True)):
-        if batch.dummy or (len(order) == 1 and len(examples) == 1):
-            rotated.append(batch.select([0], dummy=True))
-            continue
-        next_step, next_process = successors[step, rank]
-        following = [*examples[1:], firsts[next_process][next_step]]
-        pairs = zip(examples, following, strict=True)
-        asked = ("prompt_ids", STATE)
-        rotated.append(
-            PairBatch([{**later, **{key: e[key] for key in asked if key in e}} for e, later in pairs], batch.pad)
-        )
-    return rotated

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from apo.cost.memory import check_fits, run_flops
+from apo.cost.fitting import check_fits
+from apo.cost.memory import run_flops
 from apo.data.sources import hash_pairs
 from apo.run_dir.files import Status, run_status
 from apo.training.by_group import value_folder

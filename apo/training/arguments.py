@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import set_seed
 
 from apo.data.tokenize import first_row
 from apo.distributed.deepspeed import check_zero3_saves, unsharded_loading
-from apo.distributed.launch import check_devices
+from apo.distributed.launch import check_devices, fsdp_requested
 from apo.losses.mixture import Mixture
 from apo.models.load import find_model, load_model, load_tokenizer
 from apo.monitoring.metrics import check_best_metric
@@ -66,6 +66,12 @@ def check_arguments(args: APOConfig, objective: Mixture, dataset: Any, eval_data
     if accelerator_config.dispatch_batches:
         raise UserError("accelerator_config.dispatch_batches would be ignored: each process reads its pairs itself")
     accelerator_config.dispatch_batches = False  # None would be True for a stream, whose batches accelerate would cut
+    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if objective.needs_divergence and window < 2:
+        raise UserError(
+            f"objective {objective.name} compares each prompt with another one's answers: "
+            "per_device_train_batch_size x gradient_accumulation_steps x processes must be at least 2"
+        )
     check_devices(args)
     check_zero3_saves(args)
     check_streams(args, dataset, eval_dataset)
@@ -87,11 +93,28 @@ def check_streams(args: APOConfig, train_dataset: Any, eval_dataset: Any) -> Non
         )
 
 
-def can_copy_reference(model: Any, args: APOConfig, peft_config: Any) -> bool:
-    """True if the reference can be a copy of the model in memory; otherwise TRL loads the model's folder again."""
-    if peft_config is not None or is_peft_model(model):
-        return False
-    return not (args.fsdp or getattr(model, "hf_device_map", None))
+def resolve_reference(
+    model: Any, ref_model: Any, args: APOConfig, objective: Mixture, has_adapter: bool
+) -> tuple[Any, bool]:
+    """The reference: `ref_model`, a frozen copy of the model, or None; and whether TRL loads it from the model's name.
+
+    None is right for an adapter, for cached log-probs, and for an objective without a reference. TRL loads a model
+    that is divided among devices again. Raises UserError for a reference that FSDP would not shard.
+    """
+    # The cache serves the pairs; KTO's divergence also runs the reference, on rotated pairs, at each step.
+    is_run = objective.needs_reference and (not args.precompute_ref_log_probs or objective.needs_divergence)
+    if not is_run or has_adapter:
+        return ref_model, False
+    if fsdp_requested(args):
+        raise UserError(
+            "under FSDP the reference of full fine-tuning would be a second model, whole in every process; set "
+            "reference: cached (precompute_ref_log_probs), or train an adapter"
+        )
+    if ref_model is not None:
+        return ref_model, False
+    if getattr(model, "hf_device_map", None):
+        return None, True
+    return copy.deepcopy(model).eval().requires_grad_(False), False
 
 
 def ineffective_options(args: APOConfig, *, packed: bool) -> list[str]:

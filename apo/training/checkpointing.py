@@ -15,7 +15,14 @@ from transformers.utils.hub import PushInProgress, hf_api
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from apo.models.decomposed_lora import write_plain
-from apo.monitoring.failures import TrainingStopped, checkpoint_hint, stop_on_write_error
+from apo.monitoring.failures import (
+    NonFiniteLossCheck,
+    TrainingStopped,
+    check_weights_finite,
+    checkpoint_hint,
+    stop_on_write_error,
+)
+from apo.monitoring.throughput import Meter
 from apo.run_dir import checkpoints
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError, one_line
@@ -35,6 +42,9 @@ class CheckpointTrainer(DPOTrainer):
     args: APOConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # wider in TRL
     processing_class: PreTrainedTokenizerBase  # pyright: ignore[reportIncompatibleVariableOverride]  # wider in TRL
     model: Any
+
+    meter: Meter
+    _losses: NonFiniteLossCheck
 
     verified_checkpoint: Path | None = None
     """A checkpoint whose files have just been hashed: `train` does not hash them again."""
@@ -90,19 +100,25 @@ class CheckpointTrainer(DPOTrainer):
     # Saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint under `.unfinished/`, then move it into place (checkpoints.py)."""
+        """Write a checkpoint of finite weights under `.unfinished/`, then move it into place (checkpoints.py).
+
+        Its time does not count in pairs per second.
+        """
+        self._losses.flush(self)
+        check_weights_finite(self)
         out = self.args.output_dir
-        with stop_on_write_error(self, "the checkpoint"):
-            try:
-                self.args.output_dir = str(self._output_dir / checkpoints.UNFINISHED)
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.output_dir = out
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        with self.meter.pause():
             with stop_on_write_error(self, "the checkpoint"):
-                self._complete_checkpoint()
-        self.accelerator.wait_for_everyone()
+                try:
+                    self.args.output_dir = str(self._output_dir / checkpoints.UNFINISHED)
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self.args.output_dir = out
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                with stop_on_write_error(self, "the checkpoint"):
+                    self._complete_checkpoint()
+            self.accelerator.wait_for_everyone()
 
     def _complete_checkpoint(self) -> None:
         out = self._output_dir

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
+from trl.trainer.utils import use_adapter
 
 from apo.data.tokenize import first_rows
 from apo.monitoring.failures import is_out_of_memory
@@ -29,12 +31,14 @@ class LogprobComputer:
     """Computes `PairLogps` of a batch with any model: packed, or in TRL's stacked batch by `pair_logps`.
 
     Packing is on after `enable_packing` if the models support it. It stays off for a `pair_logps` of the user's.
+    `current_batch` is the batch of the latest forward pass.
     """
 
     def __init__(self, args: APOConfig, accelerator: Accelerator, pair_logps: PairLogpsFunction | None = None) -> None:
         self.args, self.accelerator = args, accelerator
         self.pair_logps = pair_logps or padded_logps
         self.is_packed = False
+        self.current_batch: PairBatch | None = None
         self.soft_prompt: SoftPrompt | None = None
         """Of the policy: pairs with a state of their user are marked for it."""
         self._may_pack = pair_logps is None and args.shared_prefix
@@ -46,7 +50,7 @@ class LogprobComputer:
 
         Unless `for_users`, as for a reference, without the soft prompt.
         """
-        device, prompt = self.args.device, self.soft_prompt
+        self.current_batch, device, prompt = batch, self.args.device, self.soft_prompt
         asked = (
             [(pair, e[STATE]) for pair, e in enumerate(batch.examples) if STATE in e] if prompt and for_users else []
         )
@@ -70,6 +74,61 @@ class LogprobComputer:
                     both = _marked(prompt, both, [(side + pair, 0) for pair in pairs])
                 moved = {**moved, "input_ids": both}
             return self.pair_logps(model, moved, **options)
+
+    def reference(self, policy: Any, ref_model: Any, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of both responses under the reference, [B] each, without gradient.
+
+        They are cached in the batch, or computed: by `ref_model`, or without one by the policy as it was before
+        training, which is the policy with its adapter off, or with TRL's frozen copy "ref" of it.
+        """
+        if batch.reference is not None:
+            chosen, rejected = (to_device(logps, self.args.device) for logps in batch.reference)
+            return chosen, rejected
+        adapter = contextlib.nullcontext()
+        if ref_model is None and is_peft_model(policy):
+            unwrapped = self.accelerator.unwrap_model(policy)
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        with torch.no_grad(), adapter, self.accelerator.autocast():
+            logps = self(policy if ref_model is None else ref_model, batch, for_users=False)
+        return logps.chosen, logps.rejected
+
+    def map(
+        self,
+        examples: Sequence[dict[str, Any]],
+        collate: Callable[..., PairBatch],
+        compute: Callable[[PairBatch], Sequence[torch.Tensor]],
+        batch_size: int,
+        *,
+        rank: int = 0,
+        processes: int = 1,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> torch.Tensor:
+        """What `compute` returns of a batch, C tensors [B], for all examples in order: [C, N] in float64.
+
+        Of several processes, each runs its share in equally many passes, and has 0 for the examples of the others.
+        `advance` receives the number of examples of each pass.
+        """
+        bins = self.bins(examples, batch_size)
+        values = torch.zeros(0, len(examples), dtype=torch.float64, device=self.args.device)
+        for start in range(0, len(bins), processes):
+            has_bin = start + rank < len(bins)
+            indices = bins[start + rank] if has_bin else bins[0]
+            columns = torch.stack([*compute(collate([examples[index] for index in indices]))])
+            values = values if len(values) else values.new_zeros(len(columns), len(examples))
+            if has_bin:
+                values[:, indices] = columns.to(values.dtype)
+            advance(len(indices))
+        return values
+
+    def identity(self, model: Any) -> tuple[str, ...]:
+        """What a model's log-probs depend on besides weights and ids: types, attention, form of the batch, device."""
+        return (
+            str(next(model.parameters()).dtype),
+            str(self.accelerator.mixed_precision),
+            str(getattr(model.config, "_attn_implementation", "")),
+            "shared_prefix_logps" if self.is_packed else getattr(self.pair_logps, "__name__", ""),
+            self.args.device.type,
+        )
 
     def token_counts(self, batch: PairBatch) -> torch.Tensor:
         """The work of each pair, [B, 5], on the host (metrics.token_counts)."""
@@ -131,23 +190,3 @@ def _shortest_pairs(model: Any, dataset: Any) -> list[dict[str, Any]]:
     if getattr(model.config.get_text_config(), "sliding_window", None):
         return sorted(pairs, key=packed_length, reverse=True)[:2]
     return [crop_around_divergence(pair) for pair in sorted(pairs, key=packed_length)[:2]]
-
-
-@contextlib.contextmanager
-def add_neftune_noise(embeddings: torch.nn.Module, alpha: float, length: Callable[[], int]) -> Iterator[None]:
-    """NEFTune's noise at TRL's scale, by the `length` of the longest sequence of the micro-batch.
-
-    transformers would scale it by the length of the packed row.
-    """
-
-    def add_noise(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        if not module.training:
-            return output
-        scale = alpha / (length() * output.shape[-1]) ** 0.5
-        return output + torch.empty_like(output).uniform_(-scale, scale)
-
-    hook = embeddings.register_forward_hook(add_noise)
-    try:
-        yield
-    finally:
-        hook.remove()

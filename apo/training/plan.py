@@ -58,6 +58,13 @@ class Plan:
         suffix = f" on {self.processes} processes" if self.processes > 1 else ""
         return f"{self.steps:,} of {self.pairs_per_step} {unit}{suffix}"
 
+    @property
+    def pairs_hash(self) -> str:
+        """The hash of the pairs that are trained, with their weights and states."""
+        from apo.data.sources import hash_pairs
+
+        return hash_pairs(self.train.dataset, self.config.weights, self.args.soft_prompt)
+
     def held_out_groups(self) -> list[str | None]:
         """The group of each held-out pair, by the label of the prediction; empty without one."""
         if self.prediction is None or self.eval is None:
@@ -85,6 +92,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     from apo.losses.mixture import resolve_mixture
     from apo.losses.saturation import objective_notes
     from apo.models.decomposed_lora import is_decomposed
+    from apo.training.rows import tokenize_rows
 
     launched = check_launch()
     count = launched if processes is None else processes
@@ -129,8 +137,8 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     limit, advice = "trainer.max_length", "; raise trainer.max_length"
     if context and context < (args.max_length or math.inf):
         args.max_length, limit, advice = context, "the model's context", ""
-    train = _tokenize(train_pairs, "train", tokenizer, generation, args, day)
-    evaluated = _tokenize(eval_pairs, "eval", tokenizer, generation, args, day) if eval_pairs is not None else None
+    train = tokenize_rows(train_pairs, tokenizer, generation, args, "train", day)
+    evaluated = tokenize_rows(eval_pairs, tokenizer, generation, args, "eval", day) if eval_pairs is not None else None
     if args.soft_prompt is not None and len(train.dataset):
         check_soft_prompt(args, tokenizer, train.dataset, evaluated and evaluated.dataset)
     for key in ("eval_rows", "prediction"):
@@ -181,7 +189,8 @@ def estimate(planned: Plan, others: Sequence[Device] = ()) -> CostEstimate | str
     On a GPU, checkpointing and the limit of a pass that the recipe leaves open are those of `choose_passes`.
     """
     from apo.cost.deepspeed_memory import parse_zero_config
-    from apo.cost.memory import PASS_TOKENS, build_job, choose_passes, sample_pairs
+    from apo.cost.fitting import PASS_TOKENS, choose_passes
+    from apo.cost.memory import build_job, sample_pairs
     from apo.cost.sizes import model_sizes, this_machine
     from apo.losses.mixture import resolve_mixture
 
@@ -237,7 +246,7 @@ def estimate(planned: Plan, others: Sequence[Device] = ()) -> CostEstimate | str
 
 def limit_passes(planned: Plan) -> None:
     """Set activation checkpointing and `pack_tokens` on a GPU, if the recipe leaves them open, by the estimate."""
-    from apo.cost.memory import describe_passes, required_memory
+    from apo.cost.fitting import describe_passes, required_memory
     from apo.cost.sizes import GIB
 
     costs, args = estimate(planned), planned.args
@@ -253,14 +262,6 @@ def limit_passes(planned: Plan) -> None:
         f"by the estimate of memory ({needed}): {describe_passes(job)}; a recipe that "
         "sets trainer.pack_tokens or trainer.gradient_checkpointing decides itself"
     )
-
-
-def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig, day: str) -> Tokenized:
-    from apo.data.tokenize import eos_ids, tokenize
-    from apo.losses.mixture import resolve_mixture
-
-    eos, objective = eos_ids(tokenizer, generation), resolve_mixture(args.objective)
-    return tokenize(pairs, tokenizer, args.max_length, eos, split, args.dataset_num_proc, objective, day, args.weights)
 
 
 def _oversize_notes(pairs: Dataset, max_tokens: int) -> list[str]:

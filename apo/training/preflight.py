@@ -49,7 +49,7 @@ def _check_ends(trainer: APOTrainer, batch: PairBatch, rows: torch.Tensor) -> No
 def _check_initial_rewards(trainer: APOTrainer, batch: PairBatch) -> dict[str, float]:
     """Before the first step the policy is its reference: every reward is 0 up to rounding."""
     with trainer.evaluation_mode():
-        policy, reference = trainer.logps(trainer.model, batch), trainer._reference_logps(batch)
+        policy, reference = trainer.logps(trainer.model, batch), trainer.reference_logps(batch)
     exact = policy.chosen.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
     precision = "float32" if exact else "half"
     ratios = {"chosen": policy.chosen - reference[0], "rejected": policy.rejected - reference[1]}

@@ -30,8 +30,8 @@ NO_CACHE_FOR_STREAMS = (
 )
 Advance = Callable[[int], None]
 """Reports a number of finished pairs."""
-ComputeLogps = Callable[[Sequence[dict[str, Any]], Advance], "tuple[Tensor, Tensor]"]
-"""Log-probs of both responses of some pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, and masks), [n] each."""
+ComputeLogps = Callable[[Sequence[dict[str, Any]], Advance], "tuple[Tensor, Tensor] | Tensor"]
+"""Log-probs of both responses of n pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, and masks), [2, n] or two [n]."""
 
 
 def chunk_key(identity: Sequence[Any], pairs: Sequence[dict[str, Any]]) -> str:

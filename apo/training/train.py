@@ -13,39 +13,25 @@ from typing import TYPE_CHECKING, Any
 from apo.distributed.deepspeed import unsharded_loading
 from apo.distributed.launch import Group, check_deepspeed, join_processes
 from apo.models.load import (
-    ADAPTER_CONFIG,
     check_vocabulary,
-    hash_model_files,
     load_model,
     nf4_config,
     quantization_problem,
 )
-from apo.monitoring.prediction import right_order
 from apo.run_dir.files import (
-    CARD,
     HELD_OUT,
-    METRICS,
-    PICTURE,
-    PREDICTION,
-    RUN,
     Status,
     describe_counts,
-    move_files,
-    now,
-    read_log,
     read_run,
     record_stop,
-    redacted_recipe,
     run_status,
     template_day,
-    truncate_logs,
-    write_card,
-    write_new_run,
 )
 from apo.training.config import TrainConfig, lora_config
 from apo.training.plan import Plan, estimate, plan
+from apo.training.run_json import FINAL, begin_or_resume, finish_run, run_facts
 from clair.core.errors import UserError, one_line
-from clair.core.files import content_hash, write_atomically, write_json
+from clair.core.files import write_atomically
 from clair.core.recipe import resolved
 from clair.pipeline.output_dir import LOCK, lock_output
 
@@ -91,9 +77,7 @@ def _train_each(config: TrainConfig, group: Group, log: Callable[[str], None]) -
         configs = expand_runs(config, log)
     group.check_equal(runs=[run.out for run in configs])
     for run in configs:
-        with group.raise_on_all():
-            status = run_status(Path(run.out), resolved(run))
-        if status != "finished":
+        if _status(run, group) != "finished":
             _plan_on_all(run, group)
     results = {}
     for run in configs:
@@ -142,7 +126,7 @@ def _status(config: TrainConfig, group: Group) -> Status:
 def _train_planned(planned: Plan, status: Status, group: Group, log: Callable[[str], None]) -> dict[str, Any]:
     """Train in a folder that this process has locked."""
     out = Path(planned.config.out)
-    facts = group.broadcast_from_main(lambda: _facts(planned, status))
+    facts = group.broadcast_from_main(lambda: run_facts(planned, status))
     for split, count in planned.counts().items():
         log(f"{split}: {describe_counts(count)}")
     log(f"steps: {planned.steps_text}")
@@ -151,7 +135,7 @@ def _train_planned(planned: Plan, status: Status, group: Group, log: Callable[[s
     with group.raise_on_all():
         costs = estimate(planned)
         if not isinstance(costs, str):
-            from apo.cost.memory import check_fits
+            from apo.cost.fitting import check_fits
 
             check_fits(costs.here, costs.machine)
     trainer = build_trainer(planned, group, log)
@@ -162,7 +146,7 @@ def _train_planned(planned: Plan, status: Status, group: Group, log: Callable[[s
         computed = sum(sum(counts.values()) for counts in group.gather(trainer.reference_computed))
         cached = f", {pairs - computed:,} kept from an earlier run" if computed < pairs else ""
         log(f"reference log-probs: {computed:,} computed{cached}")
-    checkpoint = group.broadcast_from_main(lambda: _resume(planned, facts, status, log))
+    checkpoint = group.broadcast_from_main(lambda: begin_or_resume(planned, facts, status, log))
     started = time.perf_counter()
     _run(trainer, group, checkpoint, out)
     return _finish(trainer, planned, group, time.perf_counter() - started)
@@ -178,14 +162,8 @@ def _plan_on_all(config: TrainConfig, group: Group) -> Plan:
             planned = plan(config, day=day)
     with group.raise_on_all():
         planned = planned or plan(config, day=day)
-    group.check_equal(pairs=_hash_pairs(planned), steps=planned.steps)
+    group.check_equal(pairs=planned.pairs_hash, steps=planned.steps)
     return planned
-
-
-def _hash_pairs(planned: Plan) -> str:
-    from apo.data.sources import hash_pairs
-
-    return hash_pairs(planned.train.dataset, planned.config.weights, planned.args.soft_prompt)
 
 
 def build_trainer(planned: Plan, group: Group | None = None, log: Callable[[str], None] = print) -> APOTrainer:
@@ -253,84 +231,6 @@ def _set_adapter_dropout(model: Any, p: float) -> None:
             module.p = p
 
 
-def _facts(planned: Plan, status: Status) -> dict[str, Any]:
-    """The entries of run.json on pairs, steps and model. Raises UserError if they differ from those of the old run."""
-    out = Path(planned.config.out)
-    facts = {
-        "data": {**planned.counts(), "sha256": _hash_pairs(planned)},
-        "model_sha256": hash_model_files(planned.name),
-        "steps": planned.steps,
-        "pairs_per_step": planned.pairs_per_step,
-        "processes": planned.processes,
-        "day": planned.day,
-    }
-    if planned.prediction and planned.prediction.get("model_sha256") != facts["model_sha256"]:
-        raise UserError(
-            f"prediction: it is of {planned.prediction.get('model')}, whose files differ from those of "
-            f"{planned.config.model}; run `apo distinguish` on the model that is trained"
-        )
-    if status == "new":
-        return facts
-    run = read_run(out)
-    _check_same_steps(run, planned, out)
-    if run["data"]["sha256"] != facts["data"]["sha256"]:
-        raise UserError(f"out: {out} holds a run on other pairs: the dataset has changed since; choose another folder")
-    if run.get("model_sha256", facts["model_sha256"]) != facts["model_sha256"]:
-        raise UserError(
-            f"out: {out} holds a run on another model: the files of {planned.config.model} have changed since; bring "
-            "the old ones back, or choose another folder"
-        )
-    return facts
-
-
-def _resume(planned: Plan, facts: dict[str, Any], status: Status, log: Callable[[str], None]) -> Path | None:
-    """Write the run.json of a new run, or return the checkpoint to resume from and update run.json and metrics."""
-    from apo.run_dir.checkpoints import checkpoint_step, find_newest_checkpoint
-
-    out = Path(planned.config.out)
-    if status == "new":
-        if planned.prediction:
-            write_json(out / PREDICTION, planned.prediction)
-        write_new_run(out, resolved(planned.config), **facts, resumed_from=[])
-        return None
-    run = read_run(out)
-    search = find_newest_checkpoint(out)
-    for note in search.notes:
-        log(note)
-    step = checkpoint_step(search.newest) or 0 if search.newest else 0
-    log(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
-    truncate_logs(out, step if step else -1)
-    now = {
-        "recipe": redacted_recipe(resolved(planned.config)),
-        **facts,
-        "resumed_from": [*run["resumed_from"], step],
-    }
-    write_json(out / RUN, {**run, **now})
-    return search.newest
-
-
-def _check_same_steps(run: dict[str, Any], planned: Plan, out: Path) -> None:
-    """Raises UserError if other processes or micro-batches would change the optimizer steps of the run."""
-    pairs, processes = run.get("pairs_per_step", planned.pairs_per_step), run.get("processes", planned.processes)
-    if pairs != planned.pairs_per_step:
-        raise UserError(
-            f"out: {out} holds a run of {pairs} pairs a step ({processes} process(es)), and this one would take "
-            f"{planned.pairs_per_step} ({planned.processes}); set pairs_per_step: {pairs} and leave "
-            "trainer.gradient_accumulation_steps out, or choose another folder"
-        )
-    if run["steps"] != planned.steps:
-        raise UserError(
-            f"out: {out} holds a run of {run['steps']} steps and this one would take {planned.steps}: "
-            f"trainer.dataloader_drop_last leaves out other pairs on other processes; go on with {processes}"
-        )
-    random = (planned.config.lora and planned.config.lora.dropout) or not planned.args.disable_dropout
-    if processes != planned.processes and random:
-        raise UserError(
-            f"out: {out} holds a run of {processes} process(es), whose dropout draws other numbers on "
-            f"{planned.processes}; go on with {processes}, or begin anew in another folder"
-        )
-
-
 def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) -> None:
     from apo.monitoring.callbacks import InterruptCallback, ProgressBarCallback
     from apo.monitoring.failures import TrainingStopped, check_weights_finite, checkpoint_hint
@@ -364,53 +264,12 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
 def _finish(trainer: APOTrainer, planned: Plan, group: Group, seconds: float) -> dict[str, Any]:
     """Save the model, on all processes; then its plot, card and finished run.json, on rank 0."""
     from apo.monitoring.failures import stop_on_write_error
+    from apo.training.held_out import held_out_rows
 
     out, held_out = Path(planned.config.out), planned.config.eval_rows
-    logratios = trainer.held_out_logratios() if held_out else []
+    rows = held_out_rows(trainer) if held_out else []
     with stop_on_write_error(trainer, "the trained model"):
-        trainer.save_model(str(out / _FINAL))
+        trainer.save_model(str(out / FINAL))
         if held_out and group.is_main:
-            _write_held_out(out, trainer.eval_dataset, logratios)
-    return group.broadcast_from_main(lambda: _write_results(out, seconds))
-
-
-_FINAL = ".final"
-
-
-def _write_held_out(out: Path, pairs: Any, logratios: list[tuple[float, float, float, float]]) -> None:
-    """Write held_out.jsonl: `right` is 1 if the chosen answer has the larger reward, and 1/2 for a tie."""
-    rows = []
-    for index, (pair, (chosen, rejected, rounding, _)) in enumerate(zip(pairs, logratios, strict=True)):
-        right = right_order(chosen, rejected, rounding)
-        prompt = content_hash(list(pair["prompt_ids"]))[:16]
-        row = {"id": str(pair.get("id", index)), "prompt": prompt, "chosen": chosen, "rejected": rejected}
-        rows.append(json.dumps({**row, "right": right}) + "\n")
-    write_atomically(out / HELD_OUT, "".join(rows))
-
-
-def _write_results(out: Path, seconds: float) -> dict[str, Any]:
-    """Move model, plot, card and the finished run.json into place, in this order: only the last ends the run."""
-    from apo.losses.mixture import objective_title
-    from apo.monitoring.plots import draw_dynamics
-
-    final = out / _FINAL
-    (final / CARD).unlink(missing_ok=True)  # written by PEFT, replaced below
-    adapter = (final / ADAPTER_CONFIG).exists()
-    move_files(final, out)
-    rows = read_log(out / METRICS)
-    run = read_run(out)
-    recipe = run["recipe"]
-    draw_dynamics(
-        rows, out / PICTURE, f"{objective_title(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
-    )
-    run |= {"metrics": last_metrics(rows), "seconds": round(seconds, 2), "finished": now()}
-    write_card(out, run, adapter=adapter)
-    write_json(out / RUN, run)
-    return run
-
-
-def last_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last training line and the last held-out line, merged."""
-    lines = {prefix: [row for row in rows if f"{prefix}loss" in row] for prefix in ("", "eval_")}
-    metrics = {key: value for line in lines.values() if line for key, value in line[-1].items()}
-    return {key: value for key, value in metrics.items() if key not in ("step", "epoch")}
+            write_atomically(out / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
+    return group.broadcast_from_main(lambda: finish_run(out, seconds))

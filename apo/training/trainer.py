@@ -7,7 +7,6 @@ Every pair of an optimizer step has the same weight, whatever micro-batches and 
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -17,35 +16,37 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, set_seed
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from transformers import set_seed
+from trl.trainer.utils import add_fused_lm_head
 
-from apo.data.tokenize import MASK_COLUMNS, answer_lengths, eos_ids, tokenize, tokenize_stream
+from apo.data.tokenize import MASK_COLUMNS
 from apo.distributed.deepspeed import accumulate_gradients, cast_for_deepspeed, register_zero3, unregister_zero3
-from apo.distributed.launch import fsdp_requested
+from apo.distributed.launch import sum_over_processes
 from apo.losses.mixture import resolve_mixture
-from apo.losses.saturation import objective_notes
 from apo.models.decomposed_lora import decompose, is_decomposed
 from apo.models.tensor_cache import hash_model
-from apo.monitoring.failures import NonFiniteLossCheck, check_gradient, check_weights_finite, stop_on_out_of_memory
+from apo.monitoring.failures import NonFiniteLossCheck, check_gradient, stop_on_out_of_memory
 from apo.monitoring.metrics import COLUMNS, ROUNDING, aggregate_metrics, per_pair_metrics
 from apo.monitoring.throughput import Meter, compute_scale
 from apo.packing.async_copy import to_device
-from apo.packing.batch import PairBatch, rotate_responses
+from apo.packing.batch import PairBatch
 from apo.packing.logps import PairLogpsFunction
 from apo.training.arguments import (
-    can_copy_reference,
     check_arguments,
     default_output_dir,
     ineffective_options,
     load_named_model,
+    resolve_reference,
     rounding_notes,
 )
 from apo.training.checkpointing import CheckpointTrainer
 from apo.training.collator import PairCollator
-from apo.training.logprobs import LogprobComputer, add_neftune_noise
+from apo.training.divergence import estimate_divergence
+from apo.training.logprobs import LogprobComputer
+from apo.training.neftune import neftune_noise
 from apo.training.optimizer_check import check_optimizer, count_steps
 from apo.training.reference import NO_CACHE_FOR_STREAMS, Advance, add_reference_logps
+from apo.training.rows import prepare_rows
 from apo.training.soft_prompt import add_soft_prompt
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
@@ -109,29 +110,17 @@ class APOTrainer(CheckpointTrainer):
         self._tag_names = ["trl", "kto" if self.objective.paired_only_reason is None else "dpo", "apo"]
         self.dropped: dict[str, dict[str, int]] = {}
         self.reference_computed: dict[str, int] = {}
-        self.current_batch: PairBatch | None = None
         self._micro_batch: PairBatch | None = None
         self.notes: list[str] = []
         self._generation_config = getattr(model, "generation_config", None)
         self._kl: torch.Tensor | tuple[float, float] = (0.0, 0.0)
-        self._aux_losses: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
-        precompute = args.precompute_ref_log_probs
-        has_adapter = kwargs.get("peft_config") is not None or is_peft_model(model)
-        # The cache serves the pairs; KTO's divergence also runs the reference, on rotated pairs, at each step.
-        runs_reference = self.objective.needs_reference and (not precompute or self.objective.needs_divergence)
-        if fsdp_requested(args) and runs_reference and not has_adapter:
-            raise UserError(
-                "under FSDP the reference of full fine-tuning would be a second model, whole in every process; set "
-                "reference: cached (precompute_ref_log_probs), or train an adapter"
-            )
-        if not self.objective.needs_reference:
-            # The one switch that keeps TRL from loading a second model; `_precompute_ref_logps` then does nothing.
-            args.precompute_ref_log_probs = True
-        elif ref_model is None and runs_reference and can_copy_reference(model, args, kwargs.get("peft_config")):
-            ref_model = copy.deepcopy(model).eval().requires_grad_(False)
+        precompute, init_kwargs = args.precompute_ref_log_probs, args.model_init_kwargs
+        has_adapter = bool(kwargs.get("peft_config") is not None or is_peft_model(model))
+        ref_model, is_loaded_by_name = resolve_reference(model, ref_model, args, self.objective, has_adapter)
+        # The one switch that keeps TRL from loading a second model; `_precompute_ref_logps` then does nothing.
+        args.precompute_ref_log_probs = precompute or not self.objective.needs_reference
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-        init_kwargs = args.model_init_kwargs
-        if is_named and (ref_model is not None or has_adapter or not runs_reference):
+        if is_named and not is_loaded_by_name:
             args.model_init_kwargs = None  # TRL would warn that they are ignored: the model is loaded already
         # Other models than transformers' and PEFT's work as well.
         super().__init__(model=cast(Any, model), ref_model=ref_model, args=args, **kwargs)
@@ -153,12 +142,6 @@ class APOTrainer(CheckpointTrainer):
         )
         self.meter = Meter(self.accelerator, compute_scale(self.model, self.args.device))
         self._losses = NonFiniteLossCheck(self.args.device)
-        window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if self.objective.needs_divergence and window < 2:
-            raise UserError(
-                f"objective {self.objective.name} compares each prompt with another one's answers: "
-                "per_device_train_batch_size x gradient_accumulation_steps x processes must be at least 2"
-            )
         self.notes += [
             *ineffective_options(args, packed=self.is_packed),
             *(() if self.is_deepspeed_enabled else rounding_notes(self.model, args.learning_rate)),  # it keeps float32
@@ -181,40 +164,9 @@ class APOTrainer(CheckpointTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset | IterableDataset:
-        if not isinstance(dataset, Dataset | IterableDataset):
-            raise UserError(
-                f"{dataset_name} dataset is a {type(dataset).__name__}; give a datasets.Dataset or IterableDataset"
-            )
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise UserError(f"a {type(processing_class).__name__} is no tokenizer; only text models can be trained")
-        eos = eos_ids(processing_class, self._generation_config)
-        if isinstance(dataset, IterableDataset):
-            stream, self.dropped[dataset_name], notes = tokenize_stream(
-                dataset, processing_class, args.max_length, eos, dataset_name, self.objective, args.weights
-            )
-            self.notes += notes
-            return stream
-        tokenized = tokenize(
-            dataset,
-            processing_class,
-            args.max_length,
-            eos,
-            dataset_name,
-            args.dataset_num_proc,
-            self.objective,
-            weights=args.weights,
-        )
+        tokenized = prepare_rows(dataset, processing_class, self._generation_config, args, dataset_name)
         self.dropped[dataset_name] = tokenized.dropped
         self.notes += tokenized.notes
-        args.check_dataset(tokenized.dataset.column_names)
-        if too_long := tokenized.dropped.get("too_long"):
-            rows = f"{too_long:,} of {len(dataset):,} rows are longer than max_length {args.max_length:,}"
-            self.notes.append(f"{dataset_name}: {rows} and left out; TRL would cut them (truncation_mode)")
-        if dataset_name == "train" and tokenized.dataset is not dataset and len(tokenized.dataset):
-            self.notes += objective_notes(self.objective, args.beta, answer_lengths(tokenized.dataset))
-        if not len(tokenized.dataset):
-            limit = args.max_length
-            raise UserError(f"every row of the {dataset_name} dataset is longer than max_length {limit}; raise it")
         return tokenized.dataset
 
     @property
@@ -238,12 +190,7 @@ class APOTrainer(CheckpointTrainer):
         if self.objective.needs_divergence:
             self._kl = self._divergence(batches)
         weight = sum((batch.weights.sum() for batch in batches), torch.zeros(()))
-        return batches, self._sum_over_processes(to_device(weight, device))
-
-    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        total = self.accelerator.reduce(tensor, "sum")
-        assert isinstance(total, torch.Tensor)
-        return total
+        return batches, sum_over_processes(self.accelerator, to_device(weight, device))
 
     def _drop_repeats(self, batch: PairBatch, size: int) -> PairBatch:
         """A batch without the pairs that the dataloader repeats at its end to give all processes equally many.
@@ -266,6 +213,11 @@ class APOTrainer(CheckpointTrainer):
     def is_packed(self) -> bool:
         """True if log-probs are computed in packed rows: without padding, each prompt once."""
         return self.logps.is_packed
+
+    @property
+    def current_batch(self) -> PairBatch | None:
+        """The batch of the latest forward pass."""
+        return self.logps.current_batch
 
     def _enable_packing(self) -> None:
         if self.is_deepspeed_enabled:
@@ -296,7 +248,7 @@ class APOTrainer(CheckpointTrainer):
         Collective: every process calls it with the same examples, computes a share and gets all results. Draws no
         random number.
         """
-        return self._map_examples(examples, lambda batch: [self.logps(self.model, batch).chosen])[0].tolist()
+        return self.map_examples(examples, lambda batch: [self.logps(self.model, batch).chosen])[0].tolist()
 
     def held_out_logratios(self) -> list[tuple[float, float, float, float]]:
         """For each held-out pair: the log-ratios of both responses in nats, the rounding of their difference, the loss.
@@ -308,51 +260,35 @@ class APOTrainer(CheckpointTrainer):
         def compute(batch: PairBatch) -> Sequence[torch.Tensor]:
             policy = self.logps(self.model, batch)
             rounding = ROUNDING * (policy.chosen_len + policy.rejected_len)
-            reference = self._reference_logps(batch) if self.objective.needs_reference else None
+            reference = self.reference_logps(batch) if self.objective.needs_reference else None
             losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
             if reference is None:
                 return policy.chosen / policy.chosen_len, policy.rejected / policy.rejected_len, 0 * rounding, losses
             return policy.chosen - reference[0], policy.rejected - reference[1], rounding, losses
 
         examples = [dict(row) for row in cast(Dataset, self.eval_dataset)]
-        return [(*row,) for row in self._map_examples(examples, compute).T.tolist()]
+        return [(*row,) for row in self.map_examples(examples, compute).T.tolist()]
 
-    def _map_examples(
+    def map_examples(
         self, examples: Sequence[dict[str, Any]], compute: Callable[[PairBatch], Sequence[torch.Tensor]]
     ) -> torch.Tensor:
         """What `compute` returns of a batch, C tensors [B], for all examples in order: [C, N] in float64.
 
-        Collective: each process computes a share, and all get all results.
+        Collective, as `response_logps` is.
         """
-        bins = self.logps.bins(examples, self.args.per_device_eval_batch_size)
-        rank, count = self.accelerator.process_index, self.accelerator.num_processes
-        values = torch.zeros(0, len(examples), dtype=torch.float64, device=self.accelerator.device)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        size = self.args.per_device_eval_batch_size
         with self.evaluation_mode():
-            for start in range(0, len(bins), count):
-                has_bin = start + rank < len(bins)
-                indices = bins[start + rank] if has_bin else bins[0]  # all processes run equally many passes
-                columns = torch.stack([*compute(self.data_collator([examples[index] for index in indices]))])
-                values = values if len(values) else values.new_zeros(len(columns), len(examples))
-                if has_bin:
-                    values[:, indices] = columns.to(values.dtype)
-        return self._sum_over_processes(values)
+            share = self.logps.map(examples, self.data_collator, compute, size, rank=rank, processes=processes)
+        return sum_over_processes(self.accelerator, share)
 
     @property
     def _reference(self) -> Any:
         return self.model if self.ref_model is None else self.ref_model
 
-    def _reference_logps(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_logps(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of both responses under the reference, [B] each, without gradient: cached, or computed."""
-        if batch.reference is not None:
-            chosen, rejected = (to_device(logps, self.args.device) for logps in batch.reference)
-            return chosen, rejected
-        adapter = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        with torch.no_grad(), adapter, self.accelerator.autocast():
-            logps = self.logps(self._reference, batch, for_users=False)
-        return logps.chosen, logps.rejected
+        return self.logps.reference(self.model, self.ref_model, batch)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """`dataset` with the reference's log-probs as two columns, from the cache if it has them (reference.py)."""
@@ -363,21 +299,14 @@ class APOTrainer(CheckpointTrainer):
         self._enable_packing()
         self._reference.to(self.args.device)
 
-        def compute(pairs: Sequence[dict[str, Any]], advance: Advance) -> tuple[torch.Tensor, torch.Tensor]:
-            logps, bins = [], self.logps.bins(pairs, batch_size)
-            for indices in bins:
-                self.current_batch = self.data_collator([pairs[index] for index in indices])
-                logps.append(torch.stack(self._reference_logps(self.current_batch)).double())
-                advance(len(indices))
-            order = torch.tensor([index for indices in bins for index in indices])
-            chosen, rejected = torch.cat(logps, 1)[:, order.argsort()]
-            return chosen, rejected
+        def compute(pairs: Sequence[dict[str, Any]], advance: Advance) -> torch.Tensor:
+            return self.logps.map(pairs, self.data_collator, self.reference_logps, batch_size, advance=advance)
 
         folder = Path(self.args.reference_cache) if self.args.reference_cache else None
         with stop_on_out_of_memory(self, "the reference's log-probs"):
-            dataset, computed = add_reference_logps(
+            dataset, self.reference_computed[name] = add_reference_logps(
                 dataset,
-                self._reference_identity() if folder else (),
+                (self._reference_hash, *self.logps.identity(self._reference)) if folder else (),
                 compute,
                 folder,
                 self.notes.append,
@@ -388,38 +317,17 @@ class APOTrainer(CheckpointTrainer):
                     f"reference log-probs, {name}", total, shown=self.args.process_index == 0
                 ),
             )
-        self.reference_computed[name] = computed
         return dataset
 
     @cached_property
     def _reference_hash(self) -> str:
         return hash_model(self._reference)
 
-    def _reference_identity(self) -> tuple[str, ...]:
-        """What log-probs depend on besides ids: weights, numeric types, attention, form of the batch, and device."""
-        model = self._reference
-        form = "shared_prefix_logps" if self.is_packed else getattr(self.logps.pair_logps, "__name__", "")
-        attention = getattr(model.config, "_attn_implementation", "")
-        types = str(next(model.parameters()).dtype), str(self.accelerator.mixed_precision)
-        return self._reference_hash, *types, str(attention), form, self.args.device.type
-
     def _divergence(self, batches: Sequence[PairBatch]) -> torch.Tensor:
-        """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's responses, [2]: summed over their
-        tokens, and as the mean over them. 0 for one pair. Every response counts equally, whatever its pair weighs.
-
-        The rotation runs over the whole optimizer step of all processes, so that it depends neither on the size of a
-        micro-batch nor on the number of processes.
-        """
-        totals = torch.zeros(3, device=self.accelerator.device)
-        for batch in rotate_responses(batches, gather_object, self.accelerator.process_index):
-            with self.evaluation_mode():
-                policy, reference = self.logps(self.model, batch), self._reference_logps(batch)
-            ratios = torch.cat([policy.chosen - reference[0], policy.rejected - reference[1]]).float()
-            lengths = torch.cat([policy.chosen_len, policy.rejected_len])
-            if not batch.dummy:  # run nevertheless: sharded processes run equally many passes
-                totals += torch.stack([ratios.sum(), (ratios / lengths.clamp(min=1)).sum(), (lengths > 0).sum()])
-        totals = self._sum_over_processes(totals)
-        return totals[:2] / totals[2].clamp(min=1)
+        with self.evaluation_mode():
+            return estimate_divergence(
+                batches, lambda batch: (self.logps(self.model, batch), self.reference_logps(batch)), self.accelerator
+            )
 
     # The loss
 
@@ -433,16 +341,13 @@ class APOTrainer(CheckpointTrainer):
         if self.optimizer is None:
             check_optimizer(self.args, count_steps(self.args, self.train_dataset), "")
         register_zero3(self._deepspeed_config)
-        noise = contextlib.nullcontext()
-        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None
-        if alpha is not None:
-            embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings()
-            noise = add_neftune_noise(embeddings, alpha, lambda: cast(Any, self._micro_batch)["input_ids"].shape[1])
-        try:
-            with stop_on_out_of_memory(self, "training"), noise:
-                return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self.neftune_noise_alpha = alpha
+        with (
+            stop_on_out_of_memory(self, "training"),
+            contextlib.nullcontext()
+            if self.neftune_noise_alpha is None
+            else neftune_noise(self, lambda: cast(Any, self._micro_batch)["input_ids"].shape[1]),
+        ):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch, in passes of at most `pack_tokens`."""
@@ -482,16 +387,14 @@ class APOTrainer(CheckpointTrainer):
         `num_items_in_batch` is sum(w) over the whole step: its number of pairs if all weigh 1. A step whose pairs all
         weigh 0 has loss 0.
         """
-        mode, precision = (
-            ("train", contextlib.nullcontext()) if model.training else ("eval", self.accelerator.autocast())
-        )
+        mode = "train" if model.training else "eval"
         if mode == "eval":
             inputs = self._drop_repeats(inputs, self.args.eval_batch_size)
-        self.current_batch = inputs
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        with precision:  # of a training step, also before training
+        # The precision of a training step, also before training: accelerate puts it around the model's `forward` there.
+        with self.accelerator.autocast() if mode == "eval" else contextlib.nullcontext():
             policy = self.logps(model, inputs, **options)
-        reference = self._reference_logps(inputs) if self.objective.needs_reference else None
+        reference = self.reference_logps(inputs) if self.objective.needs_reference else None
         if mode == "eval" and self.objective.needs_divergence:
             self._kl = self._divergence([inputs])
         losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
@@ -499,12 +402,10 @@ class APOTrainer(CheckpointTrainer):
         if mode == "train":
             self._losses.add(self, losses, inputs.examples)
         if policy.aux_loss is not None:
-            if not inputs.dummy:
-                self._aux_losses[mode].append(policy.aux_loss.detach())
             losses = losses + self.router_aux_loss_coef * policy.aux_loss
         counts = to_device(self.logps.token_counts(inputs), losses.device)
         rows = per_pair_metrics(losses, policy, reference, weights, self._kl, counts)
-        self.meter.add(mode, rows[:0] if inputs.dummy else rows)
+        self.meter.add(mode, rows[:0] if inputs.dummy else rows, None if inputs.dummy else policy.aux_loss)
         divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = (weights * losses).sum()
         # Gradients are averaged over processes afterwards, and the divisor is the weight of the pairs of all of them.
@@ -519,16 +420,16 @@ class APOTrainer(CheckpointTrainer):
         Also what TRL logs: `num_tokens` trained on since the start, both sequences of a pair with their prompts, and
         the `aux_loss` of a mixture of experts, its mean over the batches since the last log.
         """
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        if self.meter.has(mode) and ("loss" in logs or mode == "eval"):
-            prefix = "" if mode == "train" else next(key for key in logs if key.endswith("_loss")).removesuffix("loss")
+        times = (key for key in logs if key.endswith("_runtime") and key != "train_runtime")
+        prefix = next(times, "").removesuffix("runtime")
+        mode = "eval" if prefix else "train"
+        if self.meter.has(mode) and (prefix or "loss" in logs):
             if mode == "train":
                 self._losses.flush(self)
                 check_gradient(self, logs.get("grad_norm"))
             rows = self.meter.gather(mode)
-            metrics = aggregate_metrics(rows, self.objective, self.beta)
+            metrics = aggregate_metrics(rows, self.objective, self.beta) | self.meter.mean_aux_loss(mode)
             logs.update({prefix + name: value for name, value in metrics.items()})
-            logs.update(self._mean_aux_loss(mode, prefix))
             if logs.get(f"{prefix}samples_per_second") == 0:  # transformers cannot count the pairs of a stream
                 logs[f"{prefix}samples_per_second"] = round(len(rows) / logs[f"{prefix}runtime"], 3)
             if mode == "train":
@@ -536,27 +437,10 @@ class APOTrainer(CheckpointTrainer):
                 earlier = (line["num_tokens"] for line in reversed(self.state.log_history) if "num_tokens" in line)
                 logs["num_tokens"] = next(earlier, 0) + int(rows[:, COLUMNS.index("tokens")].sum())
         elif "train_loss" in logs:  # the run's last line
-            logs.update(self._mean_aux_loss(mode, ""))
+            logs.update(self.meter.mean_aux_loss(mode))
         super().log(logs, start_time)
-
-    def _mean_aux_loss(self, mode: str, prefix: str) -> dict[str, float]:
-        """The mean over the batches since the last call, averaged over processes."""
-        if not self._aux_losses[mode]:
-            return {}
-        mean = torch.stack(self._aux_losses[mode]).float().mean()
-        self._aux_losses[mode].clear()
-        means = self.accelerator.gather(mean)
-        assert isinstance(means, torch.Tensor)
-        return {f"{prefix}aux_loss": means.mean().item()}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation; its time does not count in pairs per second."""
         with self.meter.pause():
             return super().evaluate(*args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint of finite weights; its time does not count in pairs per second."""
-        self._losses.flush(self)
-        check_weights_finite(self)
-        with self.meter.pause():
-            super()._save_checkpoint(model, trial)

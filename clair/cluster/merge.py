@@ -19,7 +19,8 @@ from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically, write_json
 from clair.core.out_folder import ANOTHER_RUN, check_unchanged
 from clair.core.recipe import resolve
-from clair.data.dataset import SPLITS, DatasetWriter, card, read_dropped, read_manifest, read_order, split_file
+from clair.data.dataset import SPLITS, DatasetWriter, read_dropped, read_manifest, read_order, split_file
+from clair.data.dataset_card import card
 from clair.data.row_files import parquet_rows
 from clair.ledger.join import join_ledgers
 from clair.pipeline.balance import LengthBalance

@@ -122,7 +122,7 @@ def check_template_variables(folder: str | Path, names: Iterable[str], role: str
 
 
 def check_remote_code(folder: str | Path, role: str) -> None:
-    """Check, without running it, that a model needs no code of its own (`auto_map`) to be loaded. Raises UserError."""
+    """Check, without running it, that a model needs no custom code (`auto_map`) to be loaded. Raises UserError."""
     file = Path(adapter_base(Path(folder)) or folder) / "config.json"
     config = read_json(file, REMEDY) if file.is_file() else {}
     if "auto_map" not in config:
@@ -131,7 +131,7 @@ def check_remote_code(folder: str | Path, role: str) -> None:
 
     if config.get("model_type") not in CONFIG_MAPPING_NAMES:
         raise UserError(
-            f"{role}: {folder} needs code of its own to be loaded ({config.get('model_type')!r} is no model type of "
+            f"{role}: {folder} needs custom code to be loaded ({config.get('model_type')!r} is no model type of "
             f"transformers), and it is not run; set trust_remote_code: true if you have read it"
         )
 

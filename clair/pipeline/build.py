@@ -16,7 +16,8 @@ from clair.core.files import content_hash, file_sha256, read_json, write_atomica
 from clair.core.out_folder import ANOTHER_RUN, check_unchanged
 from clair.core.provenance import provenance
 from clair.core.urls import without_secrets
-from clair.data.dataset import DatasetWriter, card, read_manifest
+from clair.data.dataset import DatasetWriter, read_manifest
+from clair.data.dataset_card import card
 from clair.data.prompt_sources import Scan, each_prompt, read_prompts, scan
 from clair.data.records import Pair
 from clair.inference.batch_service import Pending

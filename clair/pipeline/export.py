@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import write_atomically
@@ -15,13 +15,12 @@ from clair.data.prompt_sources import each_prompt
 from clair.pipeline.config import BuildConfig, without_file_hashes
 from clair.storage.hub import push_files
 
-Form = Literal["preference", "unpaired", "text"]
-FORMS: tuple[Form, ...] = ("preference", "unpaired", "text")
+FORMS = ("preference", "unpaired", "text")
 PUSHED = ("README.md", "manifest.json", "dropped.jsonl", "data/*.parquet")
 """The files that `clair push` sends. The ledger is not sent: it holds raw replies."""
 
 
-def convert_rows(form: Form, folder: str | Path, split: str) -> Iterator[dict[str, Any]]:
+def convert_rows(form: str, folder: str | Path, split: str) -> Iterator[dict[str, Any]]:
     """Convert the pairs of a split to a form that other trainers read.
 
     preference  prompt, chosen, rejected as message lists (TRL's explicit prompt)
@@ -44,7 +43,7 @@ def convert_rows(form: Form, folder: str | Path, split: str) -> Iterator[dict[st
             yield {"id": row["id"], **{k: row[k][-1]["content"] for k in ("prompt", "chosen", "rejected")}}
 
 
-def export(form: Form, folder: str | Path, split: str, out: str | Path) -> int:
+def export(form: str, folder: str | Path, split: str, out: str | Path) -> int:
     """Write a split as JSONL to `out`, atomically. Returns the number of rows."""
     lines = [json.dumps(row, ensure_ascii=False) for row in convert_rows(form, folder, split)]
     write_atomically(out, "".join(line + "\n" for line in lines))

@@ -15,7 +15,8 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import write_atomically
-from clair.data.dataset import CONTRAST, SPLITS, balance_text, read_dropped, read_manifest, read_rows, scores_texts
+from clair.data.dataset import CONTRAST, SPLITS, read_dropped, read_manifest, read_rows
+from clair.data.dataset_card import balance_text, scores_texts
 from clair.data.records import message_text
 from clair.pipeline.filters import FILTERS
 from clair.prompting.calls import with_calls

@@ -22,13 +22,13 @@ from clair.data.dataset import (
     CONTRAST,
     ROWS_PER_GROUP,
     SPLITS,
-    card,
     read_dropped,
     read_manifest,
     schema,
     split_file,
     to_table,
 )
+from clair.data.dataset_card import card
 from clair.data.records import Dropped
 from clair.data.row_files import is_json_list, parquet_rows
 from clair.pipeline.output_dir import lock_output

@@ -10,7 +10,8 @@ from typing import Any
 
 from clair.core.files import content_hash, write_atomically, write_json
 from clair.data.contrast import contrast_of
-from clair.data.dataset import DatasetWriter, card
+from clair.data.dataset import DatasetWriter
+from clair.data.dataset_card import card
 from clair.data.records import Dropped, Pair
 
 _VOCABULARY = """

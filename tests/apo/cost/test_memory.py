@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from apo.cost import fitting
 from apo.cost import memory as fit
 from apo.cost import sizes as shapes
 from apo.cost.deepspeed_memory import ZeroConfig, parse_zero_config, zero_memory
@@ -75,7 +76,7 @@ def test_a_row_by_hand():
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_flops_are_those_that_torch_counts(adapter, monkeypatch):
-    monkeypatch.setattr(attention, "_has_flash_branches", lambda *_: False)
+    monkeypatch.setattr(attention, "has_flash_branches", lambda *_: False)
     monkeypatch.setattr(packed_model, "use_fused", lambda _: None)  # its sums over rows are products to the counter
     pairs, model = examples(), make_model()
     sizes = shapes.count_sizes(make_model(), lora() if adapter else None)
@@ -149,7 +150,7 @@ def test_memory_by_hand_and_what_lowers_it():
     assert fit.activation_bytes(checkpointed, row) < fit.activation_bytes(full, row) / 10
     adapter = replace(checkpointed, sizes=replace(sizes, adapter=42_000_000))
     gpu = shapes.GPUS[0]
-    assert fit.required_memory(adapter, gpu) < gpu.memory < fit.required_memory(replace(full, weight=4), gpu)
+    assert fitting.required_memory(adapter, gpu) < gpu.memory < fitting.required_memory(replace(full, weight=4), gpu)
 
 
 def test_an_unpaired_row_is_one_branch():
@@ -174,7 +175,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypat
     planned = plan(TrainConfig(**recipe))
     costs = estimate(planned)
     assert costs.here.sizes.parameters == make_model().num_parameters()
-    fit.check_fits(costs.here, costs.machine)
+    fitting.check_fits(costs.here, costs.machine)
     small = Device("this machine: CPU", 1000, 1e9, is_gpu=False, reserved=0)
     monkeypatch.setattr(shapes, "this_machine", lambda: small)
     with pytest.raises(UserError, match=r"the run needs about .* GiB and this machine: CPU has .*; set .*checkpoint"):
@@ -190,7 +191,7 @@ def test_the_parts_of_the_memory_add_up_to_its_total():
     sizes = shapes.count_sizes(llama(**LLAMA_3_8B), lora(16))
     for tokens in (100, 333, 500, 1777):
         run = job(sizes, [shapes.pair_cost(tokens, 0, tokens, tokens)] * 2, weight=2, compute=2, on_gpu=True)
-        (line,) = fit.table({shapes.GPUS[0]: run})
+        (line,) = fitting.table({shapes.GPUS[0]: run})
         total, terms = re.fullmatch(r"A100 80GB: ([\d.]+) of .* \((.*)\)", line).groups()
         assert "libraries 1.00" in terms
         assert float(total) == round(sum(float(term.split()[-1]) for term in terms.split(", ")), 1)
@@ -228,24 +229,25 @@ def test_llama_3_8b_lora_has_no_checkpointing_on_80_gb_and_each_gpu_the_longest_
             checkpointing=checkpointing, pack_tokens=pack_tokens,
         )  # fmt: skip
 
-    def chosen(device, checkpointing=None, limits=fit.PASS_TOKENS):
-        return fit.choose_passes(build, device, checkpointing, limits)
+    def chosen(device, checkpointing=None, limits=fitting.PASS_TOKENS):
+        return fitting.choose_passes(build, device, checkpointing, limits)
 
     a100, h100, h200, rtx4090 = shapes.GPUS
     for device in shapes.GPUS:
-        job, free = chosen(device), (1 - fit.SPARE) * device.memory
+        job, free = chosen(device), (1 - fitting.SPARE) * device.memory
         assert job.checkpointing == (device is rtx4090)
-        assert fit.required_memory(job, device) <= free
-        if job.pack_tokens < max(fit.PASS_TOKENS):
-            assert fit.required_memory(build(job.checkpointing, job.pack_tokens + 2048), device) > free
-    assert fit.required_memory(build(False, min(fit.PASS_TOKENS)), rtx4090) > (1 - fit.SPARE) * rtx4090.memory
+        assert fitting.required_memory(job, device) <= free
+        if job.pack_tokens < max(fitting.PASS_TOKENS):
+            assert fitting.required_memory(build(job.checkpointing, job.pack_tokens + 2048), device) > free
+    shortest = build(False, min(fitting.PASS_TOKENS))
+    assert fitting.required_memory(shortest, rtx4090) > (1 - fitting.SPARE) * rtx4090.memory
     assert chosen(a100) == chosen(h100)
     assert chosen(a100).pack_tokens < chosen(h200).pack_tokens
-    assert chosen(a100, True).pack_tokens == max(fit.PASS_TOKENS)
+    assert chosen(a100, True).pack_tokens == max(fitting.PASS_TOKENS)
     assert chosen(a100, limits=(1024,)).pack_tokens == 1024
     nothing = Device("small", shapes.GIB, 1e9)
-    assert fit.describe_passes(chosen(nothing)) == "pack_tokens 2,048, activation checkpointing"
-    assert fit.describe_passes(chosen(nothing, False)) == "pack_tokens 2,048, no activation checkpointing"
+    assert fitting.describe_passes(chosen(nothing)) == "pack_tokens 2,048, activation checkpointing"
+    assert fitting.describe_passes(chosen(nothing, False)) == "pack_tokens 2,048, no activation checkpointing"
 
 
 def test_on_a_gpu_a_run_takes_what_the_recipe_leaves_open_from_the_estimate(recipe, monkeypatch):
@@ -277,12 +279,12 @@ def test_one_change_that_is_enough_is_named_alone():
     run = job(sizes, [shapes.pair_cost(500, 0, 500, 500)] * 2, weight=2, compute=2, on_gpu=True)
     between = Device(
         "D",
-        (fit.required_memory(run, shapes.GPUS[0]) + sum(fit.peak_memory(replace(run, checkpointing=True)).values()))
+        (fitting.required_memory(run, shapes.GPUS[0]) + sum(fit.peak_memory(replace(run, checkpointing=True)).values()))
         / 2,
         1,
     )
     with pytest.raises(UserError, match=r"set trainer.gradient_checkpointing: true$"):
-        fit.check_fits(run, between)
+        fitting.check_fits(run, between)
 
 
 def test_memory_of_one_of_eight_processes_by_hand():
@@ -400,7 +402,7 @@ def test_sharding_is_named_where_it_is_what_helps():
         shapes.count_sizes(llama(**LLAMA_3_8B)), [shapes.pair_cost(50, 0, 50, 50)], compute=2, on_gpu=True, processes=8
     )
     with pytest.raises(UserError, match=r"set trainer\.fsdp: true or lora"):
-        fit.check_fits(run, shapes.GPUS[0])
+        fitting.check_fits(run, shapes.GPUS[0])
 
 
 def test_a_dry_run_shows_costs(recipe, monkeypatch, tmp_path, capsys):

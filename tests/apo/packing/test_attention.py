@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import flex_attention, varlen
 from torch.nn.functional import scaled_dot_product_attention
 
-from apo.packing import attention, packed_model
+from apo.packing import attention, flash_branches, flex, packed_model
 from apo.packing.layout import pack_pairs
 from apo.packing.logps import PairLogps, plain_logps
 from apo.packing.packed_model import enable_packing, packed_logps
@@ -96,7 +96,7 @@ def test_the_flash_kernel_by_branches_is_attention_with_masks(dtype, heads, wind
     results = []
     for is_fast in (True, False):
         if not is_fast:
-            monkeypatch.setattr(attention, "_has_flash_branches", lambda *_: False)
+            monkeypatch.setattr(attention, "has_flash_branches", lambda *_: False)
         out = attention._split(query, key, value, packed, 0.3, 0.0, window, None)
         assert ("FlashBranches" in type(out.grad_fn).__name__) is is_fast
         results.append([out, *torch.autograd.grad(out, (query, key, value), grad)])
@@ -109,7 +109,7 @@ def test_the_flash_kernel_by_branches_is_attention_with_masks(dtype, heads, wind
 def test_windows_that_matter_soft_caps_and_dropout_are_computed_with_masks(window, softcap, dropout):
     packed = packed_row([(70, 130, 300)])
     states = torch.randn(1, 2, 500, 8, requires_grad=True)
-    assert attention._has_flash_branches(states, states, packed, 0.0, 370, None)
+    assert flash_branches.has_flash_branches(states, states, packed, 0.0, 370, None)
     out = attention._split(states, states, states, packed, 0.3, dropout, window, softcap)
     assert "FlashBranches" not in type(out.grad_fn).__name__
 
@@ -121,7 +121,7 @@ spans = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.integers
 @given(spans, st.none() | st.integers(1, 500))
 def test_blocks_hold_all_that_is_seen_and_whole_ones_nothing_else(shapes, window):
     layout = packed_row(shapes)
-    mask, tokens = attention._block_mask(layout, window), layout.input_ids.shape[1]
+    mask, tokens = flex._block_mask(layout, window), layout.input_ids.shape[1]
     dense = torch.zeros(tokens, tokens, dtype=torch.bool)
     for span in layout.spans:  # by the sequences themselves
         start, middle, end, last = span.bounds
@@ -138,9 +138,9 @@ def test_blocks_hold_all_that_is_seen_and_whole_ones_nothing_else(shapes, window
         )
     )  # fmt: skip
     assert not (full & some).any()
-    over = full.shape[0] * attention.BLOCK - tokens
-    counts = torch.nn.functional.pad(dense, (0, over, 0, over)).view(*(full.shape[0], attention.BLOCK) * 2).sum((1, 3))
-    assert (counts[full] == attention.BLOCK**2).all()
+    over = full.shape[0] * flex.BLOCK - tokens
+    counts = torch.nn.functional.pad(dense, (0, over, 0, over)).view(*(full.shape[0], flex.BLOCK) * 2).sum((1, 3))
+    assert (counts[full] == flex.BLOCK**2).all()
     assert ((counts > 0) <= (full | some)).all()
     if window is None:
         assert torch.equal(counts > 0, full | some), "and no block more"
@@ -156,12 +156,12 @@ def test_compiled_once_flexattention_is_split_on_rows_of_any_length(window, soft
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True), pytest.MonkeyPatch.context() as patch:
         compiled = torch.compile(flex_attention.flex_attention, dynamic=True)
         patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
-        patch.setattr(attention, "_flex_attention", lambda _: compiled)
+        patch.setattr(flex, "_flex_attention", lambda _: compiled)
         for shapes in ([(130, 200, 300), (90, 0, 70)], [(20, 10, 10)], [(300, 120, 10), (200, 150, 260), (5, 9, 0)]):
             layout = packed_row(shapes)
             q, k, v = (torch.randn(1, heads, layout.input_ids.shape[1], 16) for heads in (4, 2, 2))
             actual, expected = (
-                backend(q, k, v, layout, 0.25, 0.0, window, softcap) for backend in (attention._flex, attention._split)
+                backend(q, k, v, layout, 0.25, 0.0, window, softcap) for backend in (flex.flex, attention._split)
             )
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from apo.cost import memory as fit
 from apo.cost.sizes import count_sizes
-from apo.packing import attention, packed_model
+from apo.packing import flex, packed_model
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_model, make_pairs
@@ -29,7 +29,7 @@ def test_the_kernels_of_a_gpu_give_what_split_gives_in_float32_on_a_cpu(kernel):
     with torch._dynamo.config.patch(error_on_recompile=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler
         torch._dynamo.reset()
-        attention._flex_attention.cache_clear()
+        flex._flex_attention.cache_clear()
         assert largest_difference(*kernel, "cuda") < 1e-2
 
 

@@ -53,7 +53,7 @@ def test_cached_log_probs_are_the_online_ones(tmp_path, tokenizer, pairs):
     online = prepared(tmp_path, tokenizer, pairs)
     rows = [online.train_dataset[i] for i in range(len(pairs))]
     bare = [{key: row[key] for key in row if key not in COLUMNS} for row in rows]
-    actual = torch.stack(online._reference_logps(online.data_collator(bare)))
+    actual = torch.stack(online.reference_logps(online.data_collator(bare)))
     torch.testing.assert_close(cached.float(), actual, rtol=1e-5, atol=1e-5)
 
 
@@ -123,10 +123,10 @@ def test_an_adapter_that_is_gone_on_with_has_a_reference_of_its_own_weights_and_
 
 def test_another_kind_of_device_has_other_numbers(tmp_path, tokenizer, pairs):
     trainer = prepared(tmp_path, tokenizer, pairs)
-    identity = trainer._reference_identity()
+    identity = trainer.logps.identity(trainer.ref_model or trainer.model)
     assert trainer.args.device.type in identity
-    trainer.args = SimpleNamespace(device=torch.device("meta"))
-    assert trainer._reference_identity() != identity
+    trainer.logps.args = SimpleNamespace(device=torch.device("meta"))
+    assert trainer.logps.identity(trainer.ref_model or trainer.model) != identity
 
 
 def test_settings_that_do_not_change_a_models_numbers_are_in_no_key():

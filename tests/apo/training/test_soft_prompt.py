@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import apo
 from apo.models.load import find_model, load_model
-from apo.packing.batch import rotate_responses
 from apo.training.config import TrainConfig
+from apo.training.divergence import rotate_responses
 from apo.training.plan import plan
 from apo.training.train import build_trainer, train
 from clair.core.errors import UserError
@@ -59,7 +59,7 @@ def test_at_zero_it_is_the_plain_model_bit_by_bit_and_the_gradient_reaches_the_m
     batch = first_batch(trainer)
     policy = trainer.logps(trainer.model, batch)
     assert trainer.is_packed == shared_prefix
-    for conditioned, plain in zip(policy[:2], trainer._reference_logps(batch), strict=True):
+    for conditioned, plain in zip(policy[:2], trainer.reference_logps(batch), strict=True):
         assert torch.equal(conditioned, plain)
     (policy.chosen - policy.rejected).sum().backward()
     gradient = trainer.soft_prompt.weight.grad
@@ -77,7 +77,7 @@ def test_packed_rows_padded_batches_and_embeddings_made_by_hand_agree(tmp_path):
         torch.testing.assert_close(
             padded.logps(padded.model, first_batch(padded))[:2], policy[:2], rtol=1e-4, atol=1e-4
         )
-        assert not torch.allclose(policy.chosen, packed._reference_logps(batch)[0], atol=1e-2)
+        assert not torch.allclose(policy.chosen, packed.reference_logps(batch)[0], atol=1e-2)
         for number, example in enumerate(batch.examples):
             z = torch.tensor(example["state"]) - torch.tensor(packed.train_dataset["state"][:]).mean(0)
             ids = torch.tensor([example["prompt_ids"] + example["chosen_ids"]])

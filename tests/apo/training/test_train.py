@@ -541,9 +541,9 @@ def test_too_little_memory_to_load_a_model_is_reported(recipe, monkeypatch):
 def test_the_anchor_is_checked_before_anything_is_written(recipe, monkeypatch):
     from apo.training.trainer import APOTrainer
 
-    right = APOTrainer._reference_logps
+    right = APOTrainer.reference_logps
     wrong = lambda *args: tuple(logps - 0.5 for logps in right(*args))  # noqa: E731
-    monkeypatch.setattr(APOTrainer, "_reference_logps", wrong)
+    monkeypatch.setattr(APOTrainer, "reference_logps", wrong)
     with pytest.raises(UserError, match="reward is not 0 before the first step"):
         run(recipe)
     assert not snapshot(Path(recipe["out"]))

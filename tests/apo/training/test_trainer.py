@@ -582,6 +582,16 @@ def test_the_loss_of_a_mixture_of_experts_is_trls_with_its_auxiliary_part(tmp_pa
     assert_same_run(actual, trained(stock))
 
 
+def test_an_evaluation_under_another_prefix_logs_its_own_metrics_and_leaves_none_to_the_next(
+    tmp_path, tokenizer, pairs
+):
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, objective="sft")
+    names = ("loss", "logps/chosen", "lengths/rejected")
+    expected = [trainer.evaluate(pairs.select(range(6)))[f"eval_{name}"] for name in names]
+    assert [trainer.evaluate(pairs.select(range(12)), metric_key_prefix="test")[f"test_{n}"] for n in names] != expected
+    assert [trainer.evaluate(pairs.select(range(6)))[f"eval_{name}"] for name in names] == expected
+
+
 # The hub
 
 

@@ -114,11 +114,11 @@ def test_a_folder_with_code_of_its_own_is_one_line_and_the_code_does_not_run(tmp
     result = clair("build", recipe)
     assert result.code == 2
     assert re.fullmatch(
-        r"error: target: .*model needs code of its own to be loaded \('of_its_own' is no model type of transformers\), "
+        r"error: target: .*model needs custom code to be loaded \('of_its_own' is no model type of transformers\), "
         r"and it is not run; set trust_remote_code: true if you have read it\n",
         "".join(line for line in result.err.splitlines(keepends=True) if not line.startswith("building")),
     )
-    with pytest.raises(UserError, match="needs code of its own"):
+    with pytest.raises(UserError, match="needs custom code"):
         models.find_model(str(with_code))
     assert not (tmp_path / "ran").exists()
 

@@ -7,7 +7,8 @@ import json
 import datasets
 import pytest
 
-from clair.data.dataset import DatasetWriter, card, load_pairs
+from clair.data.dataset import DatasetWriter, load_pairs
+from clair.data.dataset_card import card
 from clair.data.prompt_sources import PromptSource, read_prompts
 from clair.data.records import Pair
 

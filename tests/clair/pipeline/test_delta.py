@@ -11,7 +11,8 @@ import pytest
 from clair.cluster.merge import merge
 from clair.core.errors import UserError
 from clair.core.recipe import load_recipe
-from clair.data.dataset import quality_warnings, read_manifest, read_rows
+from clair.data.dataset import read_manifest, read_rows
+from clair.data.dataset_card import quality_warnings
 from clair.pipeline import balance
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from clair.cluster.merge import merge
-from clair.data.dataset import quality_warnings
+from clair.data.dataset_card import quality_warnings
 from clair.pipeline.build import build
 from clair.pipeline.shards import Shard
 from tests.clair.building import clair, scripted_rows, write_prompts, write_recipe
