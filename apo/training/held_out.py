@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 def held_out_rows(trainer: APOTrainer) -> list[dict[str, Any]]:
     """The rows of held_out.jsonl: `right` is 1 if the chosen answer has the larger reward, and 1/2 for a tie."""
+    pairs: Any = trainer.eval_dataset
     rows = []
-    for index, (pair, values) in enumerate(zip(trainer.eval_dataset, trainer.held_out_logratios(), strict=True)):
+    for index, (pair, values) in enumerate(zip(pairs, trainer.held_out_logratios(), strict=True)):
         chosen, rejected, rounding, _ = values
         prompt = content_hash(list(pair["prompt_ids"]))[:16]
         row = {"id": str(pair.get("id", index)), "prompt": prompt, "chosen": chosen, "rejected": rejected}
