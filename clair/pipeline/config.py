@@ -59,7 +59,7 @@ class MarginConfig(Recipe):
     """`scores.margin:` the difference between the scores of winner and loser."""
 
     least: float = Field(default=0.0, ge=0)
-    most: float | None = Field(default=None, gt=0)
+    most: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Absent: no limit."""
 
     @model_validator(mode="after")

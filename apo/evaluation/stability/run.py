@@ -138,4 +138,4 @@ def _jsonl_row(
     }
     verdicts = {role: [results[row, side, role, repeat].verdict.value for repeat in range(repeats)] for role in roles}
     scores = {f"{role}_scores": _scores(results, row, side, role, repeats) for role in roles}
-    return {**question, "sample": answer.sample, "model": side, "response": answer.text, **verdicts, **scores}
+    return {**question, "model": side, "response": answer.text, **verdicts, **scores}
