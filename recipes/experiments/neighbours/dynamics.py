@@ -187,6 +187,7 @@ def run_train(model: Path, data: Path, out: Path, objective: str, seed: int) -> 
         apo(command, file)
     apo("diagnose", out / "run")
     report = json.loads((out / "prediction" / "distinguish.json").read_text("utf-8"))
+    report["model"] = model.name  # no path of one machine
     log = [
         {key: round(value, 5) for key, value in row.items() if key == "step" or key.startswith("group/")}
         for row in read_log(out / "run" / METRICS)
