@@ -1,4 +1,4 @@
-"""The designs D0 to D4 and their runs. They were written down before their first run: docs/log/2026-11-29-evidence.md.
+"""The designs D0 to D4 and their runs, as docs/log/2026-11-29-evidence.md and -delta.md fixed them beforehand.
 
 D0   clean CLAIR pairs on the quickstart's model: objectives, rates and betas
 D1   CLAIR pairs at rates that all objectives share
