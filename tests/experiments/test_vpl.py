@@ -83,7 +83,7 @@ def test_rated_answers_are_controversial_often():
 
 def test_the_page_shows_the_committed_results():
     text = PAGE.read_text("utf-8")
-    assert (len(context_table()), len(policy_table())) == (6, len(POLICIES))
+    assert (len(context_table()), len(policy_table())) == (9, len(POLICIES))
     for row in (*context_table(), *policy_table()):
         assert " | ".join(row[1:]) in text, row
     assert PICTURE.is_file()

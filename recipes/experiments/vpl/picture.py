@@ -53,7 +53,7 @@ def draw(file: Path) -> None:
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, world in enumerate(context_worlds()):
+    for number, world in enumerate(world for world in context_worlds() if not world[1]):
         by_name = estimates(context_lines(world))
         for style, way in (("-", "active"), ("--", "random")):
             points = [by_name[f"{way} {size}"] for size in SIZES]
