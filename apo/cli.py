@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from apo.advice.cli import advise
 from apo.cli_analysis import calibrate, certify, distinguish
 from apo.cli_evaluation import app as evaluate
 from apo.cli_recipe import EXTRA_ARGUMENTS
 from apo.console import print_line, quieten
 from apo.hub.cli import push
+from apo.pilot.cli import advise
 from apo.rewards.cli import app as reward
 from apo.sweep.cli import sweep
 from clair.core.errors import EXIT_INTERRUPTED

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -14,13 +14,17 @@ from apo.advice.rule import COARSE, FINE, sample_size
 from apo.evaluation.config import EvaluationConfig, check_result_folder, with_batch_tokens
 from clair.core.errors import UserError, one_line
 from clair.core.files import content_hash
+from clair.core.recipe import Recipe
+from clair.data.prompt_sources import PromptSource
 from clair.data.records import Prompt
 from clair.inference.config import JudgeConfig, ModelConfig
 from clair.inference.open import check_models
+from clair.pipeline.config import CheckerConfig
 from clair.prompting.templates import JUDGE_NEEDS, load_template
 from clair.storage.location import Location
 
 RESULT = "advice.json"
+OWN_ANSWERS = "own_answers.jsonl"
 _MARKS = re.compile(
     r"<\|im_(?:start|end)\|>|<\|(?:start_header_id|end_header_id|eot_id|endoftext|user|assistant|system|end)\|>"
     r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|^#{2,3} ?(?:Instruction|Response|Human|Assistant)\b"
@@ -38,6 +42,26 @@ class TrainedModelConfig(ModelConfig):
     max_tokens: int | None = Field(default=1024, ge=1)
 
 
+class PilotConfig(Recipe):
+    """`pilot:` of a recipe of `apo advise`: short training runs, and the metric that chooses among them."""
+
+    recipe: str
+    """A training recipe on this model and these pairs. Pilots replace its objective and its learning rate."""
+    checker: CheckerConfig | None = None
+    """A command that scores answers, to choose by. Absent: `benchmark`, or else the judge."""
+    benchmark: str | None = None
+    """A recipe of `apo eval ifeval` or `apo eval mixeval`, to choose by."""
+    prompts: PromptSource | None = None
+    """The prompts that checker or judge choose by. Absent: those of the held-out pairs."""
+    one_in: int = Field(default=3, ge=1)
+    """Pilots train on one in so many pairs."""
+    objectives: tuple[str, ...] = Field(default=("sft", "dpo", "apo_zero", "apo_down"), min_length=1)
+    displacements: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.03, 0.1), min_length=1)
+    """How far the rates of each objective move held-out log-ratios in 20 steps, in nats a token."""
+    max_kl: float = Field(default=0.3, ge=0)
+    """The guard stops a pilot whose own answers become less likely by more, in nats a token."""
+
+
 class AdviseConfig(EvaluationConfig):
     """The pairs, the model that will be trained on them, and an optional judge."""
 
@@ -47,6 +71,8 @@ class AdviseConfig(EvaluationConfig):
     difference: float = Field(default=FINE, gt=0, lt=0.5)
     """The difference from one half that the sample is large enough to detect."""
     seed: int = 0
+    pilot: PilotConfig | None = None
+    """Short training runs to choose by, for `--pilot`."""
 
     @property
     def models(self) -> dict[str, ModelConfig]:

@@ -63,7 +63,11 @@ async def collect_replies(
     """Collect own answers and verdicts, reusing the ledger's replies; incomplete if the run stops early."""
     stop, replies = StopSignal(), CollectedReplies()
     async with running_clients(config, ledger, stop) as clients:
-        replies.own_answers = await _generate_own_answers(clients["model"], inputs, stop, replies.failures, log)
+        prompts = [inputs.prompt(row) for row in inputs.rows]
+        log(f"{len(prompts)} answers of the model's own")
+        replies.own_answers = await generate_answers(
+            clients["model"], prompts, stop, replies.failures, OWN_ANSWER_SAMPLE
+        )
         if judge and not (stop.reason or replies.failures):
             await _compare_by_judge(config, inputs, clients["judge"], stop, replies, log)
     if stop.error:
@@ -81,14 +85,17 @@ async def collect_replies(
     return replies
 
 
-async def _generate_own_answers(
-    client: ModelClient, inputs: AdviceInputs, stop: StopSignal, failures: list[str], log: Log
+async def generate_answers(
+    client: ModelClient, prompts: Sequence[Prompt], stop: StopSignal, failures: list[str], sample: int
 ) -> dict[str, AnswerText]:
-    """Return the model's answer to each prompt, by `prompt_key`, without prompts that it cannot answer."""
+    """Return the model's answer to each prompt, by `prompt_key`, without prompts that it cannot answer.
+
+    `sample` is the answers' number in the ledger.
+    """
 
     async def answer_prompt(prompt: Prompt) -> tuple[str, AnswerText | None]:
         try:
-            reply = await client.complete(list(prompt.messages), row=prompt.id, sample=OWN_ANSWER_SAMPLE)
+            reply = await client.complete(list(prompt.messages), row=prompt.id, sample=sample)
         except Dropped as dropped:
             if is_transient(dropped):
                 raise
@@ -97,9 +104,7 @@ async def _generate_own_answers(
         answered = incomplete in (None, "truncated")
         return prompt_key(prompt), AnswerText(reply.text.strip(), incomplete == "truncated") if answered else None
 
-    prompts = [inputs.prompt(row) for row in inputs.rows]
     client.limiter = Limiter(len(prompts))  # the model forms its own batches, from all requests
-    log(f"{len(prompts)} answers of the model's own")
     with client_progress("answering", len(prompts), {client.role: len(prompts)}) as on_progress:
         answers = await collect_results(
             answer_prompt, prompts, {client.role: client}, stop, failures=failures, on_progress=on_progress
@@ -123,25 +128,12 @@ async def _compare_by_judge(
     misplaced = {key: planted[keys[(index + 2) % len(keys)]] for index, key in enumerate(keys)}
     own_answers = {key: answer.text for key, answer in replies.own_answers.items()}
 
-    values = {"prompts": {"path": config.dataset}, "base": "other", "tuned": "winner"}
-    winrate_config = winrate.WinrateConfig.model_validate({**values, "judge": config.judge, "out": config.out})
-
     async def compare(
         tuned: Mapping[str, str], base: Mapping[str, str], description: str, max_rows: int | None = None
     ) -> list[Comparison]:
         rows = [prompt for row in inputs.rows if prompt_key(prompt := inputs.prompt(row)) in base][:max_rows]
         log(f"the judge compares {len(rows)} {description}, in both orders")
-        ready_answers = {
-            side: {key: [text] for key, text in answers.items()} for side, answers in (("base", base), ("tuned", tuned))
-        }
-        run = winrate.WinrateRun(
-            winrate_config,
-            winrate.WinrateInputs(rows, {}, ready_answers, inputs.template),
-            {"judge": judge},
-            stop,
-        )
-        with client_progress("judging", len(rows), {"judge": 2 * len(rows)}) as on_progress:
-            compared = await run.outcomes(on_progress)
+        compared, run = await compare_answers(config, inputs.template, judge, stop, rows, base, tuned)
         replies.failures += run.failures
         replies.verdicts_by_position += run.judge.verdicts
         return compared
@@ -158,6 +150,26 @@ async def _compare_by_judge(
     replies.win = await compare(winners, own_answers, "winners with the model's own answers")
     replies.right = await compare(winners, losers, "winners with their losers")
     must_end()
+
+
+async def compare_answers(
+    config: AdviseConfig,
+    template: str,
+    judge: ModelClient,
+    stop: StopSignal,
+    prompts: Sequence[Prompt],
+    base: Mapping[str, str],
+    tuned: Mapping[str, str],
+) -> tuple[list[Comparison], winrate.WinrateRun]:
+    """Let the judge compare two answers to each prompt, by `prompt_key`, in both orders; as in `apo eval winrate`."""
+    values = {"prompts": {"path": config.dataset}, "base": "base", "tuned": "tuned"}
+    settings = winrate.WinrateConfig.model_validate({**values, "judge": config.judge, "out": config.out})
+    sides = {"base": base, "tuned": tuned}
+    ready_answers = {side: {key: [text] for key, text in answers.items()} for side, answers in sides.items()}
+    inputs = winrate.WinrateInputs(prompts, {}, ready_answers, template)
+    run = winrate.WinrateRun(settings, inputs, {"judge": judge}, stop)
+    with client_progress("judging", len(prompts), {"judge": 2 * len(prompts)}) as on_progress:
+        return await run.outcomes(on_progress), run
 
 
 def distrust_reason(

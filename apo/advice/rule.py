@@ -114,7 +114,7 @@ def advise(evidence: Evidence) -> Advice:
         beware.append("winners are expected to become less likely: lower the learning rate, or add sft with weight 0.1")
     if not 0.3 <= evidence.longer.value <= 0.7 and not evidence.longer.lo <= 0.5 <= evidence.longer.hi:
         beware.append(f"{evidence.longer.value:.0%} of the winners are longer: the model will learn length as well")
-    return Advice(objective, sure, because, suggest_beta(evidence), suggest_learning_rate(evidence), beware)
+    return Advice(objective, sure, because, suggest_beta(evidence), suggest_learning_rate(evidence.parameters), beware)
 
 
 def pilot_order(evidence: Evidence) -> tuple[str, ...]:
@@ -184,13 +184,13 @@ def suggest_beta(evidence: Evidence) -> float:
     return BETA if deficit * BETA <= MAX_REWARD else max(MIN_BETA, _rounded(MAX_REWARD / deficit))
 
 
-def suggest_learning_rate(evidence: Evidence) -> float:
+def suggest_learning_rate(parameters: int) -> float:
     """Return the rate for full fine-tuning: 1e-6 at 3 billion parameters, falling with their cube root.
 
     LoRA takes ten times that. This rule of thumb goes through two points that work: SmolLM3's, and the quickstart's
     1.5e-5 at 0.9 million parameters.
     """
-    return _rounded(RATE * (RATE_PARAMETERS / evidence.parameters) ** (1 / 3))
+    return _rounded(RATE * (RATE_PARAMETERS / parameters) ** (1 / 3))
 
 
 def _rounded(value: float) -> float:

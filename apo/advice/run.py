@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,17 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.advice.config import RESULT, AdviceInputs, AdviseConfig, load_inputs
+from apo.advice.config import OWN_ANSWERS, RESULT, AdviceInputs, AdviseConfig, load_inputs
 from apo.advice.judge_evidence import CollectedReplies, collect_replies
 from apo.advice.likelihood import LikelihoodEvidence, as_interval, measure_likelihood
-from apo.advice.rule import MAX_STRANGE, Evidence, advise, sample_size
+from apo.advice.rule import MAX_STRANGE, Evidence, advise, pilot_order, refusal, sample_size
 from apo.advice.tables import advice_lines, evidence_table
 from apo.analysis.distinguishability import Interval
 from apo.evaluation.config import Outcome, redacted, resumable_ledger
 from apo.evaluation.winrate.verdicts import Comparison, prompt_key, summary
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
-from clair.core.files import write_json
+from clair.core.files import write_atomically, write_json
 from clair.core.provenance import provenance
 from clair.core.statistics import clustered_mean, wilson
 from clair.data.contrast import contrast_of
@@ -77,6 +78,7 @@ def run(
             f"{config.model.max_tokens} tokens: it does not follow its chat template; give a model that does, or raise "
             "model.max_tokens if its answers are long"
         )
+    _write_own_answers(out / OWN_ANSWERS, inputs, own_answers)
     assert config.model.path is not None
     trust = config.model.trust_remote_code
     likelihood = measure_likelihood(
@@ -85,6 +87,17 @@ def run(
     result = {**_result(inputs, replies, likelihood), "settings": redacted(config), **provenance()}
     write_json(out / RESULT, {**result, "seconds": round(time.monotonic() - started, 1)})
     return AdviceOutcome(out=out, result=result)
+
+
+def _write_own_answers(file: Path, inputs: AdviceInputs, answers: Sequence[str | None]) -> None:
+    """Write the model's complete answers, which the guard of a training run can read."""
+    rows = [
+        {"prompt": list(row["prompt"]), "answer": text}
+        for row, text in zip(inputs.rows, answers, strict=True)
+        if text is not None
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(file, lines.encode("utf-8", "backslashreplace"))
 
 
 def _complete_answer(replies: CollectedReplies, inputs: AdviceInputs, row: Mapping[str, Any]) -> str | None:
@@ -115,6 +128,8 @@ def _result(inputs: AdviceInputs, replies: CollectedReplies, likelihood: Likelih
     return {
         "format": 1,
         "advice": asdict(advice),
+        "refused": refusal(evidence) is not None,
+        "pilot_order": pilot_order(evidence),
         "notes": notes,
         "sample": {
             "rows": len(inputs.rows),

@@ -162,6 +162,33 @@ def draw_sweep(result: Mapping[str, Any], path: str | Path) -> None:
     figure.savefig(path, format="png")
 
 
+def draw_pilots(result: Mapping[str, Any], path: str | Path) -> None:
+    """Plot the gain of each pilot of `apo advise --pilot` over the base with its 95 % interval, a row each.
+
+    Hollow: the best one, corrected for its selection. A pilot that was stopped has a row without a value.
+    """
+    pilots, verdict, scale = result["pilots"], result["verdict"], result["scale"]
+    figure = _figure(7.5, 1.6 + 0.36 * len(pilots), 150)
+    axes = figure.subplots()
+    unit = "points" if scale == 100 else "score"
+    _set_frame(axes, "Gain over the base", f"{unit}; hollow: the best, corrected for its selection")
+    axes.axvline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
+    names = []
+    for index, pilot in enumerate(pilots):
+        names.append(_plain(f"{pilot['objective']}, {pilot['learning_rate']:.2g}"))
+        if gain := pilot["gain"]:
+            interval = [scale * end for end in gain["ci95"]] if gain["ci95"] else None
+            _plot_interval(axes, index, scale * gain["mean"], interval, BLUE)
+        else:
+            axes.text(0, index, " stopped", va="center", fontsize=8.5, color=COLORS["rejected"])
+        if pilot["name"] == verdict["best"]:
+            ends = [scale * end for end in verdict["ci95"]]
+            _plot_interval(axes, index + 0.22, scale * verdict["corrected"], ends, GOLD, fill="white")
+    _set_rows(axes, names)
+    axes.set_xlabel("")
+    figure.savefig(path, format="png")
+
+
 def _plot_interval(
     axes: Axes, row: float, value: float, interval: Sequence[float] | None, color: str, fill: str | None = None
 ) -> None:

@@ -122,11 +122,12 @@ def today() -> str:
     return datetime.now().date().isoformat()
 
 
-def record_stop(out: Path, step: int, reason: str) -> None:
-    """Record in run.json why training stopped early."""
+def record_stop(out: Path, step: int, reason: str, *, by_guard: bool = False) -> None:
+    """Record in run.json why training stopped early, and if the guard stopped it."""
     if (out / RUN).exists():
         run = read_run(out)
-        write_json(out / RUN, {**run, "stopped": [*run.get("stopped", []), {"step": step, "why": reason, "at": now()}]})
+        stop = {"step": step, "why": reason, "at": now(), **({"by": "guard"} if by_guard else {})}
+        write_json(out / RUN, {**run, "stopped": [*run.get("stopped", []), stop]})
 
 
 def append_log(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -58,7 +58,7 @@ class SweepRun:
     @property
     def overrides(self) -> list[str]:
         """The arguments of `--set` for this run; `eval_rows` writes the held-out rows that a sweep compares."""
-        return [*(f"{key}={json.dumps(value)}" for key, value in self.values.items()), "eval_rows=true"]
+        return _overrides(self.values)
 
     @property
     def reference(self) -> str:
@@ -110,12 +110,21 @@ def expand_grid(
     for combination in product(*grid.values()):
         texts = (value if isinstance(value, str) else json.dumps(value).replace("e+", "e") for value in combination)
         name = "_".join(value_folder(f"{label}-{text}") for label, text in zip(labels, texts, strict=True))
-        run = SweepRun(name, dict(zip(grid, combination, strict=True)), base)
-        if (earlier := runs.setdefault(name.casefold(), run)) is not run:
-            raise UserError(f"--grid: {dict(earlier.values)} and {dict(run.values)} would share the folder {name}")
-        config = load_recipe(TrainConfig, recipe, [*overrides, *run.overrides])
-        runs[name.casefold()] = replace(run, config=config.model_copy(update={"out": str(folder / name)}))
+        values = dict(zip(grid, combination, strict=True))
+        if earlier := runs.get(name.casefold()):
+            raise UserError(f"--grid: {dict(earlier.values)} and {values} would share the folder {name}")
+        runs[name.casefold()] = make_run(recipe, overrides, folder / name, values)
     return list(runs.values())
+
+
+def make_run(recipe: str | Path, overrides: Sequence[str], out: Path, values: Mapping[str, Any]) -> SweepRun:
+    """The run of one combination of values in the folder `out`. Raises UserError for values that no recipe can have."""
+    config = load_recipe(TrainConfig, recipe, [*overrides, *_overrides(values)])
+    return SweepRun(out.name, values, config.model_copy(update={"out": str(out)}))
+
+
+def _overrides(values: Mapping[str, Any]) -> list[str]:
+    return [*(f"{key}={json.dumps(value)}" for key, value in values.items()), "eval_rows=true"]
 
 
 def check_runs(runs: Sequence[SweepRun]) -> list[SweepRun]:

@@ -250,7 +250,7 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
                 )
             check_weights_finite(trainer)
     except TrainingStopped as stop:
-        record_stop(out, trainer.state.global_step, str(stop))
+        record_stop(out, trainer.state.global_step, str(stop), by_guard=inspection.violation is not None)
         raise
     finally:
         for callback in trainer.callback_handler.callbacks:

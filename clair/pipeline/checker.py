@@ -139,14 +139,12 @@ def _read_scores(text: bytes, id: str, count: int) -> list[float]:
     return numbers
 
 
-def check_checker(config: CheckerConfig) -> None:
-    """Check that the command starts, and that it ends when its input ends. Raises UserError."""
+def check_checker(config: CheckerConfig, key: str = "scores.checker") -> None:
+    """Check that the command starts, and ends when its input ends. Raises UserError, with the `key` of the recipe."""
     program = config.command[0]
     if shutil.which(program) is None:
-        raise UserError(
-            f"scores.checker.command: there is no program {program!r}; give a program on the PATH, or its full path"
-        )
-    name = f"scores.checker: `{' '.join(config.command)}`"
+        raise UserError(f"{key}.command: there is no program {program!r}; give a program on the PATH, or its full path")
+    name = f"{key}: `{' '.join(config.command)}`"
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "start_new_session": True}
     try:
         command = _limited(config)
@@ -154,10 +152,10 @@ def check_checker(config: CheckerConfig) -> None:
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{name} does not end within {config.seconds:g} s when its input ends; read standard input to its end, or "
-            f"raise scores.checker.seconds"
+            f"raise {key}.seconds"
         ) from None
     if result.returncode:
         raise UserError(
             f"{name} ends with code {result.returncode} before it gets a line{_last_line(result.stderr)}; mend it, or "
-            f"raise scores.checker.megabytes (now {config.megabytes})"
+            f"raise {key}.megabytes (now {config.megabytes})"
         )

@@ -26,7 +26,7 @@ from tests.house.pages import ROOT, blocks, commands, pages, tables
 
 def configs() -> dict[str, type[BaseModel]]:
     """Every recipe and every part of one, by class name."""
-    from apo.advice.config import AdviseConfig
+    from apo.advice.config import AdviseConfig, PilotConfig
     from apo.analysis.config import DistinguishConfig
     from apo.evaluation.ifeval.config import IFEvalConfig
     from apo.evaluation.mixeval.config import MixEvalConfig
@@ -40,7 +40,7 @@ def configs() -> dict[str, type[BaseModel]]:
     from clair.rounds.config import IterateConfig
 
     # The roles of evaluations are those of builds, with other defaults: only their own keys have tables.
-    evaluations = [AdviseConfig, IFEvalConfig, MixEvalConfig, WinrateConfig, PairsConfig, StabilityConfig]
+    evaluations = [AdviseConfig, PilotConfig, IFEvalConfig, MixEvalConfig, WinrateConfig, PairsConfig, StabilityConfig]
     analyses = [DistinguishConfig, CalibrateConfig, CertifyConfig]
     analyses += [SelectConfig, FitConfig, CurveConfig, ScoreConfig, AdaptConfig]
     by_name: dict[str, type[BaseModel]] = {model.__name__: model for model in evaluations + analyses}

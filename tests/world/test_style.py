@@ -8,8 +8,7 @@ from random import Random
 
 import pytest
 
-from recipes.experiments.advice.measure import TARGETS
-from recipes.experiments.paper_mini.models import SPREAD, answered
+from recipes.experiments.paper_mini.models import SPREAD, Habits, answered
 from recipes.world.judge import Leanings, judge
 from recipes.world.reviser import Misbehaviour, corrected, plan_reply, read_request, revise
 from recipes.world.style import PREFIXES, STYLES, SUFFIXES, add_style, improve_style, remove_style, style_of
@@ -76,6 +75,12 @@ def test_errors_and_biases_come_at_their_rates():
     assert 25 < verdicts(right, wrong, Leanings(length_bias=0.2))["2"] < 55
     assert 25 < verdicts(wrong, right, Leanings(position_bias=0.2))["1"] < 55
     assert verdicts(right, wrong, Leanings(length_bias=1.0)) == {"2": 200}
+
+
+TARGETS = {
+    "weak": Habits(right=0.30, wording=(0.10, 0.60, 0.30), steps=100, seed=11),
+    "strong": Habits(right=0.88, wording=(0.50, 0.40, 0.10), steps=100, seed=15),
+}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -1,16 +1,14 @@
 """Fine-tune the quickstart's model to answer differently.
 
 The quickstart's model gives the right answer half of the time, and otherwise the answer by a wrong rule. A short
-fine-tuning on a mix of answers sets how often it is right in each skill, and in which style it answers. A model that
-exists with the same settings is not trained again.
+fine-tuning on a mix of answers sets how often it is right in each skill, and in which style it answers.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -18,7 +16,7 @@ from typing import Any
 
 import torch
 
-from clair.core.files import content_hash, write_json
+from clair.core.files import write_json
 from recipes.world.evaluate import load
 from recipes.world.make_model import PAD, answer_loss, encode, save, token_id
 from recipes.world.style import STYLES, add_style
@@ -56,24 +54,6 @@ def answered(habits: Habits) -> Iterator[tuple[Task, str]]:
         yield task, add_style(sentence, coin.choices(STYLES, habits.wording)[0], coin)
 
 
-def make(name: str, out: Path, threads: int, models: Mapping[str, Habits]) -> bool:
-    """Make a model in `out`/NAME, atomically. Returns False if it exists already."""
-    habits, folder = models[name], out / name
-    record = {
-        "habits": asdict(habits),
-        "spread": SPREAD,
-        "peak": PEAK,
-        "batch": BATCH,
-        "base": content_hash(_weights(BASE)),
-    }
-    record = json.loads(json.dumps(record))
-    if (folder / RECORD).exists() and json.loads((folder / RECORD).read_text("utf-8")) == record:
-        return False
-    model, tokenizer = trained(habits, threads, name=name)
-    save_atomically(model, tokenizer, folder, record)
-    return True
-
-
 def trained(habits: Habits, threads: int, *, name: str = "", peak: float = PEAK, batch: int = BATCH) -> tuple[Any, Any]:
     """Return the quickstart's model, fine-tuned to these habits, and its tokenizer."""
     torch.set_num_threads(threads)
@@ -103,9 +83,3 @@ def save_atomically(model: Any, tokenizer: Any, folder: Path, record: Mapping[st
     write_json(unfinished / RECORD, record)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
-
-
-def _weights(folder: Path) -> list[str]:
-    import hashlib
-
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))]

@@ -154,9 +154,9 @@ def passed_worlds(lines: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     return {line["name"]: all(line["gates"].values()) for line in lines if line["kind"] == "world"}
 
 
-def rows_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the finished runs of this version by key."""
-    return {line["key"]: line for line in lines if line["kind"] == "run" and line["version"] == VERSION}
+def rows_of(lines: Sequence[Mapping[str, Any]], version: int = VERSION) -> dict[str, Mapping[str, Any]]:
+    """Return the finished runs of a version by their key."""
+    return {line["key"]: line for line in lines if line["kind"] == "run" and line["version"] == version}
 
 
 def run_designs(

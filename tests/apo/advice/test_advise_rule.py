@@ -124,7 +124,7 @@ def test_beta_brings_a_winner_at_the_models_own_level_to_reward_4_and_no_further
 
 @pytest.mark.parametrize(("parameters", "rate"), [(3e9, 1e-6), (900_000, 1.5e-5), (24e9, 5e-7), (8e9, 7.2e-7)])
 def test_the_learning_rate_falls_with_the_cube_root_of_the_size(parameters, rate):
-    assert suggest_learning_rate(replace(PLAIN, parameters=int(parameters))) == pytest.approx(rate)
+    assert suggest_learning_rate(int(parameters)) == pytest.approx(rate)
 
 
 def test_the_sample_is_sized_by_power():

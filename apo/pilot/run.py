@@ -1,0 +1,249 @@
+"""Run pilots: evidence, matched rates, short training runs, answers, and the choice. Each part can resume."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from apo.advice.rule import suggest_learning_rate
+from apo.advice.run import run as run_advice
+from apo.evaluation.config import Outcome, redacted
+from apo.evaluation.intervals import mean_with_interval
+from apo.monitoring.plots import draw_pilots
+from apo.pilot.decision import PilotVerdict, decide
+from apo.pilot.matching import WARM_UP, WINDOW, free_memory, matched_rates, matching_config, run_trials
+from apo.pilot.metric import BASE, METRICS, Gains, measure_gains, metric_name
+from apo.pilot.plan import FOLDER, PilotPlan
+from apo.pilot.tables import pilot_lines, pilot_table
+from apo.run_dir.checkpoints import checkpoints
+from apo.run_dir.files import RUN, read_run, redacted_recipe
+from apo.sweep.grid import SweepRun, check_runs
+from apo.sweep.processes import log_file, train_runs, unfinished, visible_devices
+from apo.sweep.results import summarize
+from apo.training.config import TrainConfig
+from clair.core.errors import UserError
+from clair.core.files import read_json, write_json
+from clair.core.out_folder import check_unchanged
+from clair.core.progress import progress
+from clair.core.provenance import provenance
+from clair.core.recipe import changed_keys, load_recipe, resolved
+from clair.core.statistics import clustered_mean
+from clair.pipeline.output_dir import lock_output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from apo.advice.config import AdviceInputs
+
+RATES, RESULT, PICTURE = "rates.json", "pilot.json", "pilot.png"
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PilotOutcome(Outcome):
+    """How pilots ended. `result` is the content of pilot.json; `refused_by` are lines of evidence against training."""
+
+    result: Mapping[str, Any] | None = None
+    refused_by: Sequence[str] = ()
+
+    @property
+    def headline(self) -> str | None:
+        """The choice in one line; None if the run ended early."""
+        return next(iter(self.lines()), None)
+
+    def lines(self) -> list[str]:
+        """The choice, its reason and what is uncertain, one per line."""
+        return list(pilot_lines(self.result)) if self.result else list(self.refused_by)
+
+    def table(self) -> Table | None:
+        """All pilots with their gains; None if there were none."""
+        return pilot_table(self.result) if self.result else None
+
+    @property
+    def recommended(self) -> list[str] | None:
+        """The overrides of the training recipe that are recommended; None: do not train."""
+        return self.result["recommended"] if self.result else None
+
+
+def run(planned: PilotPlan, *, inputs: AdviceInputs | None = None, log: Log = lambda _: None) -> PilotOutcome:
+    """Collect the evidence, run the pilots that it does not refuse, and write pilot.json and pilot.png.
+
+    Raises UserError for what the user can correct, and KeyboardInterrupt after Ctrl-C; the same call goes on.
+    """
+    config, out = planned.config, planned.out
+    evidence = run_advice(config.model_copy(update={"pilot": None}), inputs=inputs, log=log)
+    if evidence.result is None:
+        return PilotOutcome(
+            out=out, failed=evidence.failed, first_failure=evidence.first_failure, stopped=evidence.stopped
+        )
+    advice = evidence.result
+    if advice["refused"]:
+        return PilotOutcome(out=out, refused_by=evidence.lines())
+    if metric_name(config) == "judge" and not advice["judge"]["used"]:
+        reason = advice["judge"]["distrust"]
+        raise UserError(f"the judge cannot choose among pilots: {reason}; give another one, a checker or a benchmark")
+    with lock_output(out):
+        order = [name for name in advice["pilot_order"] if name in planned.pilot.objectives]
+        order += [name for name in planned.pilot.objectives if name not in order]
+        trials = match_rates(planned, order, int(advice["evidence"]["parameters"]), log)
+        runs = pilot_runs(planned, order, trials)
+        failed = _train(runs, planned, log)
+        whole = [run for run in runs if run.name not in failed and stop_reason(run) is None]
+        if not whole:
+            reasons = "; ".join(f"{run.name}: {failed.get(run.name) or stop_reason(run)}" for run in runs[:2])
+            raise UserError(
+                f"no pilot came to its end ({reasons}); lower pilot.displacements, or look into {out}/{FOLDER}"
+            )
+        models = {BASE: str(config.model.path), **{run.name: str(run.out) for run in whole}}
+        gains = measure_gains(config, models, planned.prompts, log)
+        if early := PilotOutcome.early(out, gains.stopped, gains.failures):
+            return early
+        if len(set(gains.clusters)) < 2:
+            raise UserError(
+                f"{len(set(gains.clusters))} prompt has a score of every model; two are needed, and many more"
+            )
+        objectives = {run.name: str(run.values["objective"]) for run in runs}
+        verdict = decide(gains.by_pilot, gains.clusters, objectives, config.difference)
+        result = _result(planned, runs, failed, trials, gains, verdict, advice)
+        write_json(out / RESULT, result)
+        draw_pilots(result, out / PICTURE)
+    return PilotOutcome(out=out, result=result)
+
+
+# ---- rates
+
+
+def match_rates(planned: PilotPlan, order: Sequence[str], parameters: int, log: Log) -> dict[str, list[list[float]]]:
+    """The trials of each objective, from rates.json or run now. Raises UserError if the file is of other settings."""
+    file = planned.out / RATES
+    base = load_recipe(TrainConfig, planned.pilot.recipe, planned.overrides)
+    settings = _matching_settings(planned, base)
+    state = read_json(file) if file.is_file() else {"format": 1, "settings": settings, "trials": {}}
+    changed = changed_keys(state["settings"], settings)
+    check_unchanged(str(planned.out), "pilots of another recipe", changed)
+    first = float(base.trainer.get("learning_rate") or suggest_learning_rate(parameters) * (10 if base.lora else 1))
+    for objective in order:
+        if objective in state["trials"]:
+            continue
+        config = base.model_copy(update={"objective": objective})
+        config = matching_config(config, first, planned.out / FOLDER / ".matching")
+        log(f"matching the learning rate of {objective}")
+        with progress(f"steps at trial rates, {objective}", int(config.trainer["max_steps"])) as bar:
+            state["trials"][objective] = run_trials(config, planned.pilot.displacements, bar.advance)
+        free_memory()
+        write_json(file, state)
+    return state["trials"]
+
+
+def _matching_settings(planned: PilotPlan, base: TrainConfig) -> dict[str, Any]:
+    ignored = ("out", "guard", "eval_rows", "probe", "samples", "objective")
+    recipe = {key: value for key, value in redacted_recipe(resolved(base)).items() if key not in ignored}
+    return {"recipe": recipe, "displacements": list(planned.pilot.displacements)}
+
+
+def pilot_runs(planned: PilotPlan, order: Sequence[str], trials: Mapping[str, Sequence[Any]]) -> list[SweepRun]:
+    """The pilots at their matched rates, checked. Raises UserError as `apo sweep` does."""
+    rates = matched_rates({objective: trials[objective] for objective in order}, planned.pilot.displacements)
+    return check_runs([planned.run(*cell, rate) for cell, rate in rates.items()])
+
+
+# ---- training
+
+
+def _train(runs: Sequence[SweepRun], planned: PilotPlan, log: Log) -> dict[str, str]:
+    """Train the pilots that have neither ended nor been stopped by the guard. Returns the errors of failed ones."""
+    waiting = [run for run in runs if run.status != "finished" and stop_reason(run) is None]
+    done = len(runs) - len(waiting)
+    log(f"{len(runs)} pilots, {done} of them done; messages of each in {planned.out / FOLDER}/NAME.log")
+    (planned.out / FOLDER).mkdir(exist_ok=True)
+    arguments = [planned.pilot.recipe, *(part for override in planned.overrides for part in ("--set", override))]
+    with progress("pilots", len(runs), initial=done) as bar:
+        errors = train_runs(waiting, arguments, visible_devices(), bar) if waiting else {}
+    left = {run.name for run in unfinished(runs)}
+    for run in runs:
+        if run.name not in left or stop_reason(run):
+            for checkpoint in checkpoints(run.out):
+                shutil.rmtree(checkpoint)
+    return {
+        run.name: errors.get(run.name, f"see {log_file(run)}")
+        for run in runs
+        if run.name in left and stop_reason(run) is None
+    }
+
+
+def stop_reason(run: SweepRun) -> str | None:
+    """Why the guard stopped a pilot, with the step; None if it did not."""
+    if not (run.out / RUN).is_file():
+        return None
+    by_guard = [stop for stop in read_run(run.out).get("stopped", []) if stop.get("by") == "guard"]
+    return f"{by_guard[-1]['why'].partition('; ')[0]}" if by_guard else None
+
+
+# ---- the result
+
+
+def _result(
+    planned: PilotPlan,
+    runs: Sequence[SweepRun],
+    failed: Mapping[str, str],
+    trials: Mapping[str, Sequence[Any]],
+    gains: Gains,
+    verdict: PilotVerdict,
+    advice: Mapping[str, Any],
+) -> dict[str, Any]:
+    config = planned.config
+    whole = [run for run in runs if run.name in gains.by_pilot]
+    held_out = {entry["name"]: entry for entry in summarize(whole, {})["runs"]}
+    rates = {run.name: run.values["trainer.learning_rate"] for run in runs}
+    entries = []
+    for run in runs:
+        objective, displacement = run.name.rsplit("-", 1)
+        gain = gains.by_pilot.get(run.name)
+        entries.append(
+            {
+                "name": run.name,
+                "objective": objective,
+                "displacement": float(displacement),
+                "learning_rate": rates[run.name],
+                "steps": run.steps,
+                "stopped": stop_reason(run),
+                "failed": failed.get(run.name),
+                "gain": mean_with_interval(gain, gains.clusters, clustered_mean) if gain else None,
+                "right": held_out[run.name]["right"] if gain else None,
+            }
+        )
+    matching = sum(WARM_UP + WINDOW * len(done) for done in trials.values())
+    trained = sum(_steps_trained(run) for run in runs)
+    choice = next((run for run in runs if run.name == verdict.choice), None)
+    chosen = ("objective", "trainer.learning_rate")
+    return {
+        "format": 1,
+        "verdict": asdict(verdict),
+        "recommended": [f"{key}={choice.values[key]}" for key in chosen] if choice else None,
+        "recipe": planned.pilot.recipe,
+        "beta": planned.full.beta,
+        "metric": metric_name(config),
+        "meaning": METRICS[metric_name(config)],
+        "scale": 1 if metric_name(config) == "checker" else 100,
+        "rows": len(gains.clusters),
+        "prompts": len(set(gains.clusters)),
+        "left_out": gains.left_out,
+        "pilots": entries,
+        "trials": dict(trials),
+        "cost": {
+            "full_steps": planned.full_steps,
+            "matching_steps": matching,
+            "pilot_steps": trained,
+            "share": planned.share(matching, trained),
+        },
+        "evidence": advice["advice"],
+        "settings": redacted(config),
+        **provenance(),
+    }
+
+
+def _steps_trained(run: SweepRun) -> int:
+    stops = read_run(run.out).get("stopped", []) if (run.out / RUN).is_file() else []
+    return int(stops[-1]["step"]) if stops and stop_reason(run) else run.steps

@@ -1,0 +1,146 @@
+"""`apo advise --pilot`: what is refused before any work, and the whole on the tiny world through the command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from apo.monitoring.plots import draw_pilots
+from apo.pilot.plan import pilot_overrides
+from apo.training.config import TrainConfig
+from clair.data.dataset import DatasetWriter, load_pairs
+from clair.data.records import Pair
+from recipes.world.running import ROOT
+from recipes.world.tasks import distinct_tasks
+from tests.apo.command import call
+
+MODEL = ROOT / "recipes/world/model"
+CHECKER = {"command": [sys.executable, "-m", "recipes.world.checker"], "seconds": 120, "processes": 1}
+
+
+def write_recipes(folder: Path, train: dict | None = None, **pilot) -> Path:
+    """Pairs of the world, right against wrong, a training recipe, and the recipe of the advice."""
+    writer = DatasetWriter(folder / "pairs", seed=0, test_fraction=0.25)
+    for task in distinct_tasks("train", 64, seed=3):
+        writer.add(Pair(task.id, ({"role": "user", "content": task.prompt},), task.right, task.wrong).row())
+    writer.close(keep=True)
+    trainer = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "logging_steps": 2, "use_cpu": True}
+    recipe = {"model": str(MODEL), "dataset": str(folder / "pairs"), "trainer": trainer, "probe": 0, "samples": 0}
+    (folder / "train.yaml").write_text(yaml.safe_dump({**recipe, "out": str(folder / "full"), **(train or {})}))
+    model = {"path": str(MODEL), "max_tokens": 48, "batch_size": 64}
+    section = {"recipe": str(folder / "train.yaml"), "objectives": ["sft", "apo_zero"], "displacements": [0.1], **pilot}
+    advise = {"dataset": str(folder / "pairs"), "model": model, "pilot": section, "out": str(folder / "advice")}
+    (folder / "advise.yaml").write_text(yaml.safe_dump(advise))
+    return folder / "advise.yaml"
+
+
+@pytest.mark.parametrize(
+    ("train", "pilot", "message"),
+    [
+        ({}, {}, "pilot: nothing to choose by; give a judge, pilot.checker or pilot.benchmark"),
+        ({}, {"checker": CHECKER, "benchmark": "ifeval.yaml"}, "give a checker or a benchmark to choose by, not both"),
+        ({}, {"checker": {"command": ["no-such-program"]}}, "pilot.checker.command: there is no program"),
+        ({}, {"checker": CHECKER, "objectives": ["apo_zer"]}, "did you mean 'apo_zero'"),
+        ({}, {"benchmark": "nowhere.yaml"}, "pilot.benchmark: nowhere.yaml does not exist"),
+        ({"model": "elsewhere"}, {"checker": CHECKER}, "trains elsewhere, and the advice is about"),
+        ({"dataset": "other.jsonl"}, {"checker": CHECKER}, "trains on other.jsonl, and the advice is about"),
+        ({"by": "group"}, {"checker": CHECKER}, "trains a model for each value of 'group'"),
+        ({"eval": False}, {"checker": CHECKER}, "give pilot.prompts, or hold out pairs"),
+    ],
+)
+def test_what_cannot_be_piloted_is_refused_before_any_work(monkeypatch, capsys, tmp_path, train, pilot, message):
+    recipe = write_recipes(tmp_path, train, **pilot)
+    assert call(monkeypatch, "advise", recipe, "--pilot", "--dry-run") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "advice").exists()
+
+
+def test_a_dry_run_says_what_pilots_cost_in_the_share_of_a_full_run(monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, "advise", write_recipes(tmp_path, checker=CHECKER), "--pilot", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "# pilots: sft, apo_zero, each at 1 rates, on 1 in 3 pairs" in out
+    assert "# at most 260 steps to match rates, and 2 runs of 15 steps" in out
+    assert "of a full run's 39 steps" in out
+    assert not (tmp_path / "advice").exists()
+
+
+def test_flags_without_a_pilot_are_refused(monkeypatch, capsys, tmp_path):
+    recipe = write_recipes(tmp_path, checker=CHECKER)
+    assert call(monkeypatch, "advise", recipe, "--then-train") == 2
+    assert "--then-train is for --pilot" in capsys.readouterr().err
+    assert call(monkeypatch, "advise", recipe, "--pilot", "--set", "pilot=null", "--dry-run") == 2
+    assert "--pilot needs `pilot: {recipe: train.yaml}`" in capsys.readouterr().err
+
+
+def test_pilots_have_a_third_of_the_pairs_and_a_whole_schedule_that_is_shorter_by_as_much():
+    trainer = {"max_steps": 100, "warmup_steps": 7}
+    full = TrainConfig(model="m", dataset=["a", {"path": "b", "weight": 2}], trainer=trainer, out="o")
+    dataset, *steps = pilot_overrides(full, 3)
+    sources = json.loads(dataset.removeprefix("dataset="))
+    assert [source["weight"] for source in sources] == pytest.approx([1 / 3, 2 / 3])
+    assert steps == ["trainer.max_steps=34", "trainer.warmup_steps=3"]
+    epochs = TrainConfig(model="m", dataset=["a"], trainer={"num_train_epochs": 4}, out="o")
+    assert len(pilot_overrides(epochs, 3)) == 1
+
+
+def test_the_picture_has_a_row_for_a_pilot_that_was_stopped(tmp_path):
+    gain = {"mean": 0.1, "se": 0.02, "ci95": [0.06, 0.14]}
+    pilots = [
+        {"name": "sft-0.1", "objective": "sft", "learning_rate": 1e-5, "gain": gain},
+        {"name": "dpo-0.1", "objective": "dpo", "learning_rate": 1e-5, "gain": None},
+    ]
+    verdict = {"best": "sft-0.1", "corrected": 0.09, "ci95": [0.05, 0.13]}
+    draw_pilots({"pilots": pilots, "verdict": verdict, "scale": 100}, tmp_path / "pilot.png")
+    assert (tmp_path / "pilot.png").stat().st_size > 1000
+
+
+# ---- the whole
+
+
+def start(recipe: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "apo.cli", "advise", str(recipe), "--pilot", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_pilots_are_killed_resumed_chosen_by_a_checker_and_the_choice_is_trained(tmp_path):
+    recipe, out = write_recipes(tmp_path, checker=CHECKER, max_kl=5.0), tmp_path / "advice"
+    killed = start(recipe)
+    while not list((out / "pilots").glob("*/run.json")):
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.05)
+    children = psutil.Process(killed.pid).children(recursive=True)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert psutil.wait_procs(children, timeout=300)[1] == []
+    rates, answers = (out / "rates.json").read_bytes(), (out / "own_answers.jsonl").read_bytes()
+
+    resumed = start(recipe, "--then-train")
+    output = resumed.communicate(timeout=900)[0]
+    assert resumed.returncode == 0, output
+    assert (out / "rates.json").read_bytes() == rates
+    assert (out / "own_answers.jsonl").read_bytes() == answers
+    result = json.loads((out / "pilot.json").read_text())
+    assert sorted(pilot["name"] for pilot in result["pilots"]) == ["apo_zero-0.1", "sft-0.1"]
+    assert result["prompts"] == len(list(load_pairs(tmp_path / "pairs", "test")))
+    assert result["cost"]["pilot_steps"] == 30
+    assert (out / "pilot.png").stat().st_size > 1000
+    assert not list((out / "pilots").glob("*/checkpoint-*"))
+    if result["recommended"]:
+        assert json.loads((tmp_path / "full/run.json").read_text())["finished"]
+    else:
+        assert "nothing is recommended" in output
+
+    again = start(recipe)
+    assert "2 pilots, 2 of them done" in again.communicate(timeout=600)[0]
+    assert json.loads((out / "pilot.json").read_text())["pilots"] == result["pilots"]
