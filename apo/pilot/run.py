@@ -20,7 +20,7 @@ from apo.pilot.tables import pilot_lines, pilot_table
 from apo.run_dir.checkpoints import checkpoints
 from apo.run_dir.files import RUN, read_run, redacted_recipe
 from apo.sweep.grid import SweepRun, check_runs
-from apo.sweep.processes import log_file, train_runs, unfinished, visible_devices
+from apo.sweep.processes import train_runs, visible_devices
 from apo.sweep.results import summarize
 from apo.training.config import TrainConfig
 from clair.core.errors import UserError
@@ -161,16 +161,12 @@ def _train(runs: Sequence[SweepRun], planned: PilotPlan, log: Log) -> dict[str, 
     arguments = [planned.pilot.recipe, *(part for override in planned.overrides for part in ("--set", override))]
     with progress("pilots", len(runs), initial=done) as bar:
         errors = train_runs(waiting, arguments, visible_devices(), bar) if waiting else {}
-    left = {run.name for run in unfinished(runs)}
+    stopped = {run.name for run in runs if stop_reason(run)}
     for run in runs:
-        if run.name not in left or stop_reason(run):
+        if run.name not in errors or run.name in stopped:
             for checkpoint in checkpoints(run.out):
                 shutil.rmtree(checkpoint)
-    return {
-        run.name: errors.get(run.name, f"see {log_file(run)}")
-        for run in runs
-        if run.name in left and stop_reason(run) is None
-    }
+    return {name: error for name, error in errors.items() if name not in stopped}
 
 
 def stop_reason(run: SweepRun) -> str | None:
