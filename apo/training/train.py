@@ -264,12 +264,14 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
 def _finish(trainer: APOTrainer, planned: Plan, group: Group, seconds: float) -> dict[str, Any]:
     """Save the model, on all processes; then its plot, card and finished run.json, on rank 0."""
     from apo.monitoring.failures import stop_on_write_error
-    from apo.training.held_out import held_out_rows
+    from apo.monitoring.held_out import held_out_rows
 
     out, held_out = Path(planned.config.out), planned.config.eval_rows
-    rows = held_out_rows(trainer) if held_out else []
+    logratios = trainer.held_out_logratios() if held_out else []
     with stop_on_write_error(trainer, "the trained model"):
         trainer.save_model(str(out / FINAL))
         if held_out and group.is_main:
-            write_atomically(out / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
+            pairs: Any = trainer.eval_dataset
+            lines = (json.dumps(row) + "\n" for row in held_out_rows(pairs, logratios))
+            write_atomically(out / HELD_OUT, "".join(lines))
     return group.broadcast_from_main(lambda: finish_run(out, seconds))

@@ -22,6 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 from apo.data.tokenize import MASK_COLUMNS
 from apo.distributed.deepspeed import accumulate_gradients, cast_for_deepspeed, register_zero3, unregister_zero3
 from apo.distributed.launch import sum_over_processes
+from apo.losses.divergence import estimate_divergence
 from apo.losses.mixture import resolve_mixture
 from apo.models.decomposed_lora import decompose, is_decomposed
 from apo.models.tensor_cache import hash_model
@@ -31,6 +32,7 @@ from apo.monitoring.throughput import Meter, compute_scale
 from apo.packing.async_copy import to_device
 from apo.packing.batch import PairBatch
 from apo.packing.logps import PairLogpsFunction
+from apo.packing.neftune import neftune_noise
 from apo.training.arguments import (
     check_arguments,
     default_output_dir,
@@ -41,9 +43,7 @@ from apo.training.arguments import (
 )
 from apo.training.checkpointing import CheckpointTrainer
 from apo.training.collator import PairCollator
-from apo.training.divergence import estimate_divergence
 from apo.training.logprobs import LogprobComputer
-from apo.training.neftune import neftune_noise
 from apo.training.optimizer_check import check_optimizer, count_steps
 from apo.training.reference import NO_CACHE_FOR_STREAMS, Advance, add_reference_logps
 from apo.training.rows import prepare_rows

@@ -12,9 +12,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import apo
+from apo.losses.divergence import rotate_responses
 from apo.models.load import find_model, load_model
 from apo.training.config import TrainConfig
-from apo.training.divergence import rotate_responses
 from apo.training.plan import plan
 from apo.training.train import build_trainer, train
 from clair.core.errors import UserError

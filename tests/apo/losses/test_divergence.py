@@ -1,11 +1,11 @@
-"""The pairs on which KTO's divergence is estimated; test_trainer.py has the estimate."""
+"""The pairs on which KTO's divergence is estimated; tests/apo/training/test_trainer.py has the estimate."""
 
 from __future__ import annotations
 
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from apo.losses.divergence import rotate_responses
 from apo.packing.batch import PairBatch
-from apo.training.divergence import rotate_responses
 
 collate = DataCollatorForPreference(pad_token_id=0)
 
