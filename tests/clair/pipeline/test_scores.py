@@ -391,7 +391,7 @@ def test_a_mistake_is_one_line_before_any_request(tmp_path, changes, match):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pairs"), [("checker", 280), ("judges", 226)])
+@pytest.mark.parametrize(("name", "pairs"), [("checker", 280), ("judges", 226), ("reward", 280)])
 def test_a_recipe_on_the_world_gives_its_expected_numbers_on_a_real_server(tmp_path, name, pairs):
     prompts = tmp_path / "prompts.jsonl"
     command = [sys.executable, "-m", "recipes.world.tasks", "--split", "train", "--count", "300", "--out", str(prompts)]
@@ -401,5 +401,10 @@ def test_a_recipe_on_the_world_gives_its_expected_numbers_on_a_real_server(tmp_p
         (tmp_path / "recipe.yaml").write_text(text.replace("http://127.0.0.1:8399/v1", server.url))
         os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         overrides = [f"prompts.path={prompts}", f"out={tmp_path / 'pairs'}"]
+        if name == "reward":
+            from recipes.world.make_reward import make_reward
+
+            make_reward(tmp_path / "model", steps=5)
+            overrides.append(f"scores.reward.path={tmp_path / 'model'}")
         built = build(load_recipe(BuildConfig, tmp_path / "recipe.yaml", overrides))
     assert built.manifest["counts"]["pairs"] == pairs
