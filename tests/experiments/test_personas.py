@@ -16,8 +16,8 @@ def test_users_say_what_their_persona_says_and_no_pair_is_in_both_splits():
         assert len(rows) == 6 * COUNTS[split]
         for row in rows:
             signs = dict(zip(TRAITS, PERSONAS[int(row["user"][1:]) % 3], strict=True))
-            said = [key == signs[trait] for trait, key in (statements[row["chosen"]], statements[row["rejected"]])]
-            assert said == [True, False]
+            agreeing = [key == signs[trait] for trait, key in (statements[row["chosen"]], statements[row["rejected"]])]
+            assert agreeing == [True, False]
     assert comparisons(6, 0) == splits != comparisons(6, 1)
 
 

@@ -37,12 +37,12 @@ def comparisons(users: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     in_split: dict[frozenset[str], str] = {}
     for user in range(users):
         signs = dict(zip(TRAITS, PERSONAS[user % len(PERSONAS)], strict=True))
-        said = [text for trait, key, text in statements if key == signs[trait]]
+        agreeing = [text for trait, key, text in statements if key == signs[trait]]
         other = [text for trait, key, text in statements if key != signs[trait]]
         for split, count in COUNTS.items():
             number = 0
             while number < count:
-                chosen, rejected = rng.choice(said), rng.choice(other)
+                chosen, rejected = rng.choice(agreeing), rng.choice(other)
                 if in_split.setdefault(frozenset((chosen, rejected)), split) != split:
                     continue
                 pair = {"chosen": chosen, "rejected": rejected, "user": f"u{user}"}
