@@ -1,4 +1,4 @@
-"""Make the measurements and the picture of docs/properties.md from the committed results alone.
+"""Make the measurements and the picture of docs/properties_measured.md from the committed results alone.
 
 python -m recipes.experiments.neighbours.conformal_page            # prints the section; --write: page and picture
 """
@@ -34,8 +34,8 @@ from recipes.experiments.neighbours.conformal import (
 from recipes.experiments.paper_mini import results
 from recipes.world.running import ROOT, ending_in_one_line
 
-PAGE, PICTURE = Path("docs/properties.md"), Path("docs/images/properties.png")
-HEADING = "## Measurements\n"
+PAGE, PICTURE = Path("docs/properties_measured.md"), Path("docs/images/properties.png")
+HEADING = "# Measurements of properties\n"
 HIGHEST = 22
 """The highest change of the error in the picture, in per cent; what is above is written."""
 Lines = Mapping[tuple[Any, ...], Mapping[str, Any]]
@@ -171,10 +171,11 @@ TABLE_HEAD = (
     "MSE, unconstrained", "MSE, adjusted", "MSE, constrained", "adjusted, change in %",
 )  # fmt: skip
 SECTION = """
+The figures behind [properties of a function](properties.md).
 `python -m recipes.experiments.neighbours.conformal` runs what is missing of the committed results, and
-`python -m recipes.experiments.neighbours.conformal_page --write` makes this section and the picture from them.
+`python -m recipes.experiments.neighbours.conformal_page --write` makes this page and the picture from them.
 
-### Four data sets
+## Four data sets
 
 Means over {splits} random splits; ± and brackets are 95 % intervals over splits. As splits share rows, they describe
 the spread and are somewhat too narrow. Risk is the share of test rows that the tester moves by more than the band (with
@@ -189,7 +190,7 @@ At alpha 0.05 a rising function lies in the band on {share} of the rows of all f
 secondary source reports 0.975 at this alpha, on other data. It says that the paper's tables have these columns, for
 Combined Cycle Power Plant, Abalone and Concrete; their cells were not available to us, so none stands here.
 
-### Both sides of a band
+## Both sides of a band
 
 The true risk of a band calibrated at alpha 0.1, over {draws} draws of n units with made-up sides. `cuts` is our rule.
 `best` is the narrowest band of all that lose as few calibration units as conformal risk control allows, which has no
@@ -197,7 +198,7 @@ bound. The sides of a unit are made of two exponential draws a and b: *alike* (a
 (a, a), *one side* (a, 0), *heavy* (exp 2a, b).
 
 {sides}
-### More data with the same bias
+## More data with the same bias
 
 Labels of points (x, z) are min(x, 1/2) + z/5 with noise, and a share has 2 (x - 1/2) less for x above 1/2. A ridge
 regression on random features is trained on them. Distances are root mean squares on a grid, means over {seeds} seeds;
@@ -293,15 +294,14 @@ def draw(lines: Lines, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The measurements of docs/properties.md.")
+    parser = argparse.ArgumentParser(description="The measurements of docs/properties_measured.md.")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE} and {PICTURE}")
     args = parser.parse_args()
     os.chdir(ROOT)
     with ending_in_one_line("conformal"):
         lines = read_lines()
         if args.write:
-            before, _, _ = PAGE.read_text("utf-8").partition(HEADING)
-            write_atomically(PAGE, before + HEADING + section(lines))
+            write_atomically(PAGE, HEADING + section(lines))
             draw(lines, PICTURE)
             print(f"{PAGE} and {PICTURE} are written")
         else:
