@@ -1,4 +1,4 @@
-"""The measurements of docs/properties_measured.md: the page is made of the committed results, which can be made again."""
+"""docs/properties_measured.md is made of the committed results, and these can be made again."""
 
 from __future__ import annotations
 

@@ -280,6 +280,11 @@ def test_relative_links_of_pages_outside_of_the_site_lead_somewhere():
     assert count >= 5
 
 
+def test_a_page_of_the_site_has_at_most_2500_words():
+    counts = {name: len(text.split()) for name, text in pages().items() if name.startswith("docs/")}
+    assert not {name: count for name, count in counts.items() if count > 2500}
+
+
 def test_every_option_of_trl_that_is_refused_has_its_line():
     from apo.training.trainer_config import IGNORED
 
