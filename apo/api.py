@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from apo.advice.config import AdviseConfig
 from apo.advice.config import load_inputs as load_advice_inputs
@@ -31,6 +31,9 @@ from apo.training.config import TrainConfig
 from clair.core.progress import print_line, progress
 from clair.core.recipe import config_from
 from clair.terminal import client_progress
+
+if TYPE_CHECKING:
+    from apo.pilot.run import PilotOutcome
 
 FinishedOutcome = TypeVar("FinishedOutcome", bound=Outcome)
 
@@ -174,8 +177,9 @@ def advise(
     *,
     out: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    pilot: bool = False,
     log: Callable[[str], None] = print_line,
-) -> AdviceOutcome:
+) -> AdviceOutcome | PilotOutcome:
     """Recommend objective, beta and learning rate for training a model on preference pairs, from evidence about both.
 
     Args:
@@ -183,10 +187,11 @@ def advise(
             `judge` (`url` and `model`; absent: no judge), `out` and more.
         out: the result folder, instead of the recipe's `out`.
         overrides: values by dotted key, such as `{"difference": 0.2}`.
+        pilot: choose by short training runs and a metric, as the recipe's `pilot` says.
         log: receives each line that the run reports; absent, they are written to stderr.
 
-    Returns the advice; `lines()` gives it as text and `table()` displays the evidence. If it ended early it has none,
-    its text says why, and the same call goes on later.
+    Returns the advice, or with `pilot` the choice among the pilots; `lines()` gives it as text and `table()` displays
+    the evidence. If it ended early it has none, its text says why, and the same call goes on later.
     Raises UserError, in one line, for a mistake in the recipe or the pairs.
     Raises KeyboardInterrupt after Ctrl-C, when the replies in flight are in the ledger.
     """
@@ -194,7 +199,16 @@ def advise(
     config = config_from(AdviseConfig, recipe, overrides, out=out)
     with progress("checking the pairs"):
         inputs = load_advice_inputs(config)
-    return _raise_interrupt(run_advice(config, inputs=inputs, log=log))
+        planned = None
+        if pilot:
+            from apo.pilot.plan import plan_pilots
+
+            planned = plan_pilots(config)
+    if planned is None:
+        return _raise_interrupt(run_advice(config, inputs=inputs, log=log))
+    from apo.pilot.run import run as run_pilots
+
+    return _raise_interrupt(run_pilots(planned, inputs=inputs, log=log))
 
 
 def _raise_interrupt(outcome: FinishedOutcome) -> FinishedOutcome:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 
+import apo
 from apo.monitoring.plots import draw_pilots
 from apo.pilot.plan import pilot_overrides
 from apo.training.config import TrainConfig
@@ -141,6 +142,9 @@ def test_pilots_are_killed_resumed_chosen_by_a_checker_and_the_choice_is_trained
     else:
         assert "nothing is recommended" in output
 
-    again = start(recipe)
-    assert "2 pilots, 2 of them done" in again.communicate(timeout=600)[0]
-    assert json.loads((out / "pilot.json").read_text())["pilots"] == result["pilots"]
+    lines: list[str] = []
+    again = apo.advise(recipe, pilot=True, log=lines.append)
+    assert any("2 pilots, 2 of them done" in line for line in lines)
+    assert again.result is not None
+    assert again.result["pilots"] == result["pilots"]
+    assert repr(again) == f"<PilotOutcome {out}: {again.lines()[0]}>"
