@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apo.cost import memory as fit
 from apo.cost import sizes as shapes
 from clair.core.recipe import load_recipe
 from clair.pipeline.build import build
@@ -43,7 +42,7 @@ def planned(file: Path, folder: Path, pairs: Path, monkeypatch, capsys) -> str:
 
 @pytest.fixture
 def tiny_machine(monkeypatch):
-    tiny = fit.Device("this machine: CPU", shapes.GIB, 1e9, is_gpu=False)
+    tiny = shapes.Device("this machine: CPU", shapes.GIB, 1e9, is_gpu=False)
     monkeypatch.setattr(shapes, "this_machine", lambda: tiny)
 
 
