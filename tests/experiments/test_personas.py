@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from recipes.experiments.neighbours import pal
+import pytest
+
+from clair.core.errors import UserError
+from recipes.experiments.neighbours import encoder, pal
 from recipes.experiments.neighbours.personas import COUNTS, PERSONAS, TRAITS, comparisons, read_statements
 
 
@@ -30,3 +33,8 @@ def test_the_page_has_the_tables_of_the_committed_results():
         for point in curve["summary"]["points"]:
             rows = [row for row in curve["rows"] if row["shots"] == point["shots"]]
             assert abs(sum(row["adapted"] for row in rows) / len(rows) - point["adapted"]["mean"]) < 1e-9
+
+
+def test_a_folder_without_a_model_is_no_encoder(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.json; give the folder of a model by --encoder"):
+        encoder.embed(tmp_path, ["a text"])

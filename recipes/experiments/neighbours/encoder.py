@@ -27,12 +27,14 @@ def default_folder() -> Path:
 
 
 def embed(folder: Path, texts: Sequence[str], batch: int = 64) -> NDArray[np.float32]:
-    """Return the mean of each text's last hidden states, scaled to length 1: [n, width]."""
+    """Mean of each text's last hidden states, scaled to length 1: [n, width]. Raises UserError if `folder` has none."""
     from transformers import AutoModel, AutoTokenizer
 
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; give the folder of a model by --encoder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     vectors = []
     for start in range(0, len(texts), batch):
         tokens = tokenizer(list(texts[start : start + batch]), padding=True, truncation=True, return_tensors="pt")
