@@ -1,6 +1,6 @@
 """PAL on personas with a real encoder: how many comparisons locate a user whom the fit has not seen?
 
-    python -m recipes.experiments.neighbours.pal --out runs/pal     # 5 CPU minutes; goes on where it was stopped
+    python -m recipes.experiments.neighbours.pal --out runs/pal     # 3 CPU minutes; goes on where it was stopped
     python -m recipes.experiments.neighbours.pal --write            # the tables and the picture of docs/pal.md
 
 The statements of three personas (personas.py) are embedded once (encoder.py) and stored as a file of features.
