@@ -239,7 +239,7 @@ def test_a_design_killed_after_its_first_run_does_only_the_others_and_leaves_not
         assert len(last["right"]) == 40
         assert last["pairs"]["logps/chosen"] != first["pairs"]["logps/chosen"]
         assert accuracy(first) == pytest.approx(world["right"], abs=1e-4)
-    assert messages[-1] == "D0: whole"
+    assert messages[-1] == "D0: complete"
     assert sum("runs left" in message for message in messages) == 3
     run_designs(["D0"], TINY, tmp_path, 1, committed=tmp_path / "none.jsonl", log=messages.append)
     assert file.read_text("utf-8").count("\n") == 5
