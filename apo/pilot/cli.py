@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from apo.cli_recipe import DryRun, Out, Overrides, RecipeFile, read_recipe
 from clair.core.errors import EXIT_INTERRUPTED, UserError
 from clair.core.progress import printable
+
+if TYPE_CHECKING:
+    from apo.advice.config import AdviceInputs, AdviseConfig
+    from apo.advice.run import AdviceOutcome
+    from apo.pilot.plan import PilotPlan
+    from apo.pilot.run import PilotOutcome
 
 
 def advise(
@@ -65,16 +72,18 @@ def advise(
         return
     print_line(f"wrote {outcome.out}/pilot.json and {outcome.out}/pilot.png")
     if then_train:
-        _train(planned, outcome.recommended)
+        _train(planned, outcome.result["recommended"])
 
 
-def _plan(config: Any) -> Any:
+def _plan(config: AdviseConfig) -> PilotPlan:
     from apo.pilot.plan import plan_pilots
 
     return plan_pilots(config)
 
 
-def _run(config: Any, inputs: Any, planned: Any, log: Any) -> Any:
+def _run(
+    config: AdviseConfig, inputs: AdviceInputs, planned: PilotPlan | None, log: Callable[[str], None]
+) -> AdviceOutcome | PilotOutcome:
     if planned is None:
         from apo.advice.run import run as run_advice
 
@@ -84,7 +93,7 @@ def _run(config: Any, inputs: Any, planned: Any, log: Any) -> Any:
     return run(planned, inputs=inputs, log=log)
 
 
-def _train(planned: Any, recommended: list[str] | None) -> None:
+def _train(planned: PilotPlan, recommended: list[str] | None) -> None:
     """Train what is recommended, as `apo train` does, on all pairs and with the recipe's own `out`."""
     from apo.console import print_line
     from apo.training.config import TrainConfig
@@ -103,7 +112,7 @@ def _train(planned: Any, recommended: list[str] | None) -> None:
     print_line(f"trained {result['steps']:,} steps; the model is in {config.out}")
 
 
-def _print_plan(config: Any, inputs: Any) -> None:
+def _print_plan(config: AdviseConfig, inputs: AdviceInputs) -> None:
     from apo.advice.judge_evidence import MAX_PLANTS
     from apo.evaluation.config import print_settings
 
@@ -116,7 +125,7 @@ def _print_plan(config: Any, inputs: Any) -> None:
         print(f"# note: {count} prompts do not fit the model's template: {mismatch}")
 
 
-def _print_pilots(planned: Any) -> None:
+def _print_pilots(planned: PilotPlan) -> None:
     """Print the pilots and what they cost at most, in the share of a full run."""
     from apo.pilot.matching import MAX_STEPS
     from apo.pilot.metric import METRICS, metric_name

@@ -61,11 +61,6 @@ class PilotOutcome(Outcome):
         """All pilots with their gains; None if there were none."""
         return pilot_table(self.result) if self.result else None
 
-    @property
-    def recommended(self) -> list[str] | None:
-        """The overrides of the training recipe that are recommended; None: do not train."""
-        return self.result["recommended"] if self.result else None
-
 
 def run(planned: PilotPlan, *, inputs: AdviceInputs | None = None, log: Log = lambda _: None) -> PilotOutcome:
     """Collect the evidence, run the pilots that it does not refuse, and write pilot.json and pilot.png.
