@@ -13,12 +13,11 @@ import typer
 from apo.cli_analysis import calibrate, certify, distinguish
 from apo.cli_evaluation import app as evaluate
 from apo.cli_recipe import EXTRA_ARGUMENTS
-from apo.console import print_line, quieten
+from apo.console import ending_training_on_interrupt, print_line, quieten
 from apo.hub.cli import push
 from apo.pilot.cli import advise
 from apo.rewards.cli import app as reward
 from apo.sweep.cli import sweep
-from clair.core.errors import EXIT_INTERRUPTED
 from clair.core.exit_codes import run_application
 from clair.core.progress import printable
 from clair.storage.location import local
@@ -76,12 +75,8 @@ def train(
     from apo.distributed.launch import is_main
     from apo.training.train import train as run
 
-    try:
+    with ending_training_on_interrupt():
         result = run(config, log=print_line)
-    except KeyboardInterrupt as stop:  # caught here: typer would exit without a message
-        condition = "" if str(stop) else ", if there is one"
-        print_line(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint{condition}")
-        raise typer.Exit(EXIT_INTERRUPTED) from stop
     if is_main():
         for folder, finished in (result if config.by else {config.out: result}).items():
             print_line(_closing(folder, finished))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from clair.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED
@@ -28,6 +30,19 @@ def end_without_result(outcome: Any, result: object, rows: str, missing: str) ->
         f"kept, run the same command again"
     )
     end_early(outcome.stopped, failed if result is None else None)
+
+
+@contextmanager
+def ending_training_on_interrupt() -> Iterator[None]:
+    """Exit with a message if training is interrupted; typer itself would exit without one."""
+    import typer
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        condition = "" if str(stop) else ", if there is one"
+        print_line(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint{condition}")
+        raise typer.Exit(EXIT_INTERRUPTED) from stop
 
 
 def quieten() -> None:

@@ -130,7 +130,8 @@ class ShapeTester:
         low, high = self.limits(score, units)
         scores = score(units)
         smallest = _TOLERANCE * abs(scores).max(initial=0.0)
-        return tuple(np.where(side > smallest, side, 0.0) for side in (low - scores, scores - high))  # type: ignore[return-value]
+        below, above = low - scores, scores - high
+        return np.where(below > smallest, below, 0.0), np.where(above > smallest, above, 0.0)
 
     def certify(self, score: Score, units: Floats, alpha: float) -> Certificate:
         """Return the certificate that a g of this shape lies within the band on 1 - alpha of the domain, on average."""

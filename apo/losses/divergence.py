@@ -62,8 +62,8 @@ def rotate_responses(
         next_step, next_process = successors[step, rank]
         following = [*examples[1:], firsts[next_process][next_step]]
         pairs = zip(examples, following, strict=True)
-        asked = ("prompt_ids", STATE)
+        columns = ("prompt_ids", STATE)
         rotated.append(
-            PairBatch([{**later, **{key: e[key] for key in asked if key in e}} for e, later in pairs], batch.pad)
+            PairBatch([{**later, **{key: e[key] for key in columns if key in e}} for e, later in pairs], batch.pad)
         )
     return rotated

@@ -95,7 +95,7 @@ def _run(
 
 def _train(planned: PilotPlan, recommended: list[str] | None) -> None:
     """Train what is recommended, as `apo train` does, on all pairs and with the recipe's own `out`."""
-    from apo.console import print_line
+    from apo.console import ending_training_on_interrupt, print_line
     from apo.training.config import TrainConfig
     from apo.training.train import train
     from clair.core.recipe import load_recipe
@@ -104,11 +104,8 @@ def _train(planned: PilotPlan, recommended: list[str] | None) -> None:
         print_line("nothing is recommended, so nothing is trained")
         return
     config = load_recipe(TrainConfig, planned.pilot.recipe, recommended)
-    try:
+    with ending_training_on_interrupt():
         result = train(config, log=print_line)
-    except KeyboardInterrupt as stop:
-        print_line(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint, if there is one")
-        raise typer.Exit(EXIT_INTERRUPTED) from stop
     print_line(f"trained {result['steps']:,} steps; the model is in {config.out}")
 
 

@@ -55,8 +55,8 @@ def matched_rates(
 ) -> dict[tuple[str, float], float]:
     """The rate of each objective at each displacement, with two digits, by the objectives' trials."""
     return {
-        (objective, displacement): float(f"{matched_rate([(r, m) for r, m in done], displacement):.2g}")
-        for objective, done in trials.items()
+        (objective, displacement): float(f"{matched_rate([(r, m) for r, m in objective_trials], displacement):.2g}")
+        for objective, objective_trials in trials.items()
         for displacement in displacements
     }
 

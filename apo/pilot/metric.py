@@ -92,10 +92,10 @@ async def _by_answers(
     gains, stop = Gains(), StopSignal()
     answers: dict[str, dict[str, str]] = {}
     for name, folder in models.items():
-        one = config.model_copy(
+        answering = config.model_copy(
             update={"model": config.model.model_copy(update={"path": folder}), "judge": None, "pilot": None}
         )
-        async with running_clients(one, ledger, stop) as clients:
+        async with running_clients(answering, ledger, stop) as clients:
             log(f"{len(prompts)} answers of {name}")
             replies = await generate_answers(clients["model"], prompts, stop, gains.failures, PILOT_SAMPLE)
         answers[name] = {key: answer.text for key, answer in replies.items()}
@@ -221,17 +221,17 @@ def _by_benchmark(config: AdviseConfig, models: Mapping[str, str]) -> Gains:
     recipe, folders = benchmark_config(config.pilot.benchmark), []
     for name, folder in models.items():
         assert recipe.model is not None
-        one = recipe.model_copy(
+        evaluation = recipe.model_copy(
             update={
                 "model": recipe.model.model_copy(update={"path": folder}),
                 "out": config.out / "answers" / name,
                 "ledger": recipe.ledger or str(config.ledger_path),
             }
         )
-        outcome = _evaluate(one, name)
+        outcome = _evaluate(evaluation, name)
         if outcome.stopped or outcome.failed:
             return Gains(failures=[outcome.first_failure] * outcome.failed, stopped=outcome.stopped)
-        folders.append(Path(one.out))
+        folders.append(Path(evaluation.out))
     rows = pair_rows([read_results(folder) for folder in folders])
     overall = rows if isinstance(recipe, MixEvalConfig) else [row for row in rows if row.split == rows[0].split]
     answered = [row for row in overall if row.answered]

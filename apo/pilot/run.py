@@ -85,13 +85,13 @@ def run(planned: PilotPlan, *, inputs: AdviceInputs | None = None, log: Log = la
         trials = match_rates(planned, order, int(advice["evidence"]["parameters"]), log)
         runs = pilot_runs(planned, order, trials)
         failed = _train(runs, planned, log)
-        whole = [run for run in runs if run.name not in failed and stop_reason(run) is None]
-        if not whole:
+        completed = [run for run in runs if run.name not in failed and stop_reason(run) is None]
+        if not completed:
             reasons = "; ".join(f"{run.name}: {failed.get(run.name) or stop_reason(run)}" for run in runs[:2])
             raise UserError(
                 f"no pilot came to its end ({reasons}); lower pilot.displacements, or look into {out}/{FOLDER}"
             )
-        models = {BASE: str(config.model.path), **{run.name: str(run.out) for run in whole}}
+        models = {BASE: str(config.model.path), **{run.name: str(run.out) for run in completed}}
         gains = measure_gains(config, models, planned.prompts, log)
         if early := PilotOutcome.early(out, gains.stopped, gains.failures):
             return early
@@ -150,11 +150,11 @@ def pilot_runs(planned: PilotPlan, order: Sequence[str], trials: Mapping[str, Se
 def _train(runs: Sequence[SweepRun], planned: PilotPlan, log: Log) -> dict[str, str]:
     """Train the pilots that have neither ended nor been stopped by the guard. Returns the errors of failed ones."""
     waiting = [run for run in runs if run.status != "finished" and stop_reason(run) is None]
-    done = len(runs) - len(waiting)
-    log(f"{len(runs)} pilots, {done} of them done; messages of each in {planned.out / FOLDER}/NAME.log")
+    finished = len(runs) - len(waiting)
+    log(f"{len(runs)} pilots, {finished} of them done; messages of each in {planned.out / FOLDER}/NAME.log")
     (planned.out / FOLDER).mkdir(exist_ok=True)
-    arguments = [planned.pilot.recipe, *(part for override in planned.overrides for part in ("--set", override))]
-    with progress("pilots", len(runs), initial=done) as bar:
+    arguments = [planned.pilot.recipe, *(word for override in planned.overrides for word in ("--set", override))]
+    with progress("pilots", len(runs), initial=finished) as bar:
         errors = train_runs(waiting, arguments, visible_devices(), bar) if waiting else {}
     stopped = {run.name for run in runs if stop_reason(run)}
     for run in runs:
@@ -185,8 +185,8 @@ def _result(
     advice: Mapping[str, Any],
 ) -> dict[str, Any]:
     config = planned.config
-    whole = [run for run in runs if run.name in gains.by_pilot]
-    held_out = {entry["name"]: entry for entry in summarize(whole, {})["runs"]}
+    completed = [run for run in runs if run.name in gains.by_pilot]
+    held_out = {entry["name"]: entry for entry in summarize(completed, {})["runs"]}
     rates = {run.name: run.values["trainer.learning_rate"] for run in runs}
     entries = []
     for run in runs:
@@ -205,7 +205,7 @@ def _result(
                 "right": held_out[run.name]["right"] if gain else None,
             }
         )
-    matching = sum(WARM_UP + WINDOW * len(done) for done in trials.values())
+    matching = sum(WARM_UP + WINDOW * len(objective_trials) for objective_trials in trials.values())
     trained = sum(_steps_trained(run) for run in runs)
     choice = next((run for run in runs if run.name == verdict.choice), None)
     chosen = ("objective", "trainer.learning_rate")

@@ -46,11 +46,11 @@ def pilot_lines(result: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield f"do not train on these pairs (certainty: {verdict['sure']})"
     yield f"because: {verdict['because']}"
-    ends = " to ".join(_number(end, scale) for end in verdict["ci95"])
+    interval = " to ".join(_number(end, scale) for end in verdict["ci95"])
     yield (
         f"the best pilot, {verdict['best']}, gains {_number(verdict['gain'], scale)}, of which choosing the best "
         f"accounts for {scale * verdict['bias']:.2g}; corrected {_number(verdict['corrected'], scale)}, 95 % interval "
-        f"{ends}"
+        f"{interval}"
     )
     if verdict["close"] and result["recommended"]:
         yield f"! these prompts do not tell it apart from {', '.join(verdict['close'])}"

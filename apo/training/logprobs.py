@@ -51,24 +51,24 @@ class LogprobComputer:
         Unless `for_users`, as for a reference, without the soft prompt.
         """
         self.current_batch, device, prompt = batch, self.args.device, self.soft_prompt
-        asked = (
+        with_state = (
             [(pair, e[STATE]) for pair, e in enumerate(batch.examples) if STATE in e] if prompt and for_users else []
         )
-        if prompt is None or not asked:
+        if prompt is None or not with_state:
             marked = contextlib.nullcontext()
         else:
-            marked = prompt.using(torch.tensor([state for _, state in asked]))
+            marked = prompt.using(torch.tensor([state for _, state in with_state]))
         with marked:
             if self.is_packed:
                 assert not options
                 row = batch.row(device)
-                if prompt is not None and asked:
-                    starts = [(0, row.spans[pair].start) for pair, _ in asked]
+                if prompt is not None and with_state:
+                    starts = [(0, row.spans[pair].start) for pair, _ in with_state]
                     row = dataclasses.replace(row, input_ids=_marked(prompt, row.input_ids, starts))
                 return packed_logps(model, row)
             moved = {k: to_device(v, device) if isinstance(v, torch.Tensor) else v for k, v in batch.stacked.items()}
-            if prompt is not None and asked:
-                pairs = [pair for pair, _ in asked]
+            if prompt is not None and with_state:
+                pairs = [pair for pair, _ in with_state]
                 both = moved["input_ids"]
                 for side in (0, len(batch)):
                     both = _marked(prompt, both, [(side + pair, 0) for pair in pairs])
