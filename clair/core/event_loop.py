@@ -47,6 +47,20 @@ def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
             signal.signal(signal.SIGINT, previous)
 
 
+async def await_shielded(future: asyncio.Future[Result]) -> Result:
+    """Await a future that goes on if its caller is cancelled.
+
+    Nobody then sees its error, and asyncio would print it as "never retrieved" beside the one line of the run's error.
+    """
+    future.add_done_callback(_retrieve_exception)
+    return await asyncio.shield(future)
+
+
+def _retrieve_exception(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
+
+
 class _WorkerLoop(asyncio.SelectorEventLoop):
     """An event loop in a thread that receives no signals: it keeps the handler of SIGINT for `interrupt` to call."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clair.core.backoff import backoff
+from clair.core.event_loop import await_shielded
 from clair.core.progress import duration, print_line
 from clair.data.records import Dropped, Reply, Tools
 from clair.inference.batch_client import BatchClient
@@ -185,12 +186,12 @@ class ModelClient:
     async def _request_once(self, call: _Call) -> Reply | StoredReply:
         """Share one call among equal requests of this run. A StoredReply if another run sent it and has the reply."""
         if (shared_call := self._shared_calls.get(call.key)) is not None:
-            return await asyncio.shield(shared_call)
+            return await await_shielded(shared_call)
         self._raise_if_stopped()
         task = asyncio.ensure_future(self._claim_and_call(call))
         self._shared_calls[call.key] = task
-        task.add_done_callback(lambda task: (self._shared_calls.pop(call.key, None), _retrieve_exception(task)))
-        return await asyncio.shield(task)
+        task.add_done_callback(lambda _: self._shared_calls.pop(call.key, None))
+        return await await_shielded(task)
 
     async def _claim_and_call(self, call: _Call) -> Reply | StoredReply:
         await self.ready()
@@ -259,10 +260,10 @@ class ModelClient:
                 raise Stopped(self.stop.reason)
             task = asyncio.ensure_future(self._send(call))
             self._calls.add(task)
-            task.add_done_callback(lambda task: (self._calls.discard(task), _retrieve_exception(task)))
+            task.add_done_callback(self._calls.discard)
             try:
                 # A cancelled row leaves its call to drain(): a paid reply is written to the ledger.
-                return await asyncio.shield(task)
+                return await await_shielded(task)
             except (RateLimited, Unreachable, RequestFailed, Refused) as error:
                 last: Exception = error
                 if self.health.is_waiting(error):
@@ -366,12 +367,6 @@ class _Call:
     request: Mapping[str, Any]
     sample: int
     claim: Claim
-
-
-def _retrieve_exception(task: asyncio.Future[Any]) -> None:
-    """Mark the task's exception as seen: if its row was cancelled, nobody awaits it, and asyncio would complain."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _may_be_billed(error: Exception) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
+from clair.core.event_loop import await_shielded
 from clair.core.progress import duration, print_line
 from clair.core.urls import (
     api_key,
@@ -141,7 +142,7 @@ def open_clients(
         if check is None:
             check = asyncio.ensure_future(check_all())
         try:
-            await asyncio.shield(check)
+            await await_shielded(check)
         except Refused as error:
             stop.request(str(error), error)
             raise

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clair.core.errors import UserError
+from clair.core.event_loop import await_shielded
 from clair.core.files import content_hash
 from clair.ledger.recovery import count_readable
 from clair.ledger.run_locks import acquire_lock, count_live_runs, is_locked, lock_path
@@ -240,7 +241,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         write = _Write(work)
         self._queue.put(write)
         # Cancelling the caller must not cancel the write: a paid reply is written in any case.
-        return await asyncio.shield(asyncio.wrap_future(write.future))
+        return await await_shielded(asyncio.wrap_future(write.future))
 
     def claim_within(
         self, connection: sqlite3.Connection, key: str, claim: Claim, batch: str | None = None

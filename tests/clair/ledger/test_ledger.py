@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -504,3 +506,29 @@ def test_an_error_while_writing_reaches_every_waiting_row(tmp_path, monkeypatch)
     with Ledger(tmp_path / "l.sqlite") as ledger:
         assert call_counts(ledger) == {"asked": 20}
         assert json.dumps(call_counts(ledger))
+
+
+def test_a_write_that_fails_after_its_caller_was_cancelled_prints_nothing(tmp_path):
+    cancelled, printed = threading.Event(), []
+
+    def fail(_: sqlite3.Connection) -> None:
+        cancelled.wait(10)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async def cancel_and_fail(ledger: Ledger) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: printed.append(context))
+        caller = asyncio.ensure_future(ledger.write(fail))
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait({caller})
+        cancelled.set()
+        with pytest.raises(LedgerError):
+            await ledger.write(lambda connection: None)  # the same transaction, or refused after it
+
+    def run() -> None:
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            do(cancel_and_fail(ledger))
+
+    run()
+    gc.collect()  # asyncio prints an error that nobody has seen when its future is deleted
+    assert printed == []
