@@ -26,12 +26,13 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 TRL_TILE, TRL_SLOPE = (4096, 32_768), 29
 """Positions and vocabulary of a tile of TRL 1.16's head, and the bytes of a logit's gradient on a CPU: seven
 float32 numbers and a flag."""
-HOLES = 4
-"""MEASURED, not derived: memory that fragmentation of glibc's allocator wastes on a CPU, in activations of layers
-(test_memory.py)."""
-ADAPTER_HOLES = (4, 0.8)
-"""MEASURED, with an adapter, whose results are freed between stored activations: the activations of 4 layers, or 0.8 of
-all stored activations, whichever is more. Without it, the formulas gave 0.94 to 0.97 of five measured peaks."""
+HOLES, INTERLEAVED_HOLES = 0.6, 1.0
+"""MEASURED, not derived: what glibc's allocator wastes on a CPU, in activations of all layers without checkpointing.
+
+glibc before 2.38 rarely reuses a freed block of torch's for another of the same size. Where results are freed between
+stored activations, more is wasted: with checkpointing, or an adapter in float32. Equal runs differ by a
+fifth (docs/log).
+"""
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,8 @@ def _layer_bytes(job: Job, row: PassCost) -> float:
 
 
 def _hole_bytes(job: Job, row: PassCost) -> float:
-    layers, share = ADAPTER_HOLES if job.is_adapter else (HOLES, 0)
-    return max(layers * _layer_bytes(job, row), share * activation_bytes(job, row))
+    freed_between = job.checkpointing or (job.is_adapter and job.compute == 4)
+    return (INTERLEAVED_HOLES if freed_between else HOLES) * job.sizes.layers * _layer_bytes(job, row)
 
 
 def _head_bytes(job: Job, row: PassCost) -> float:

@@ -178,7 +178,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypat
     fitting.check_fits(costs.here, costs.machine)
     small = Device("this machine: CPU", 1000, 1e9, is_gpu=False, reserved=0)
     monkeypatch.setattr(shapes, "this_machine", lambda: small)
-    with pytest.raises(UserError, match=r"the run needs about .* GiB and this machine: CPU has .*; set .*checkpoint"):
+    with pytest.raises(UserError, match=r"the run needs about .* GiB and this machine: CPU has .*; set .*pack_tokens"):
         train(TrainConfig(**recipe), log=print)
     assert not list(tmp_path.glob("run/*"))
     path = tmp_path / "recipe.yaml"
@@ -474,12 +474,16 @@ print(json.dumps([sum(fit.peak_memory(job).values()), peak - base]))
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
           "vocab_size": 8000}  # fmt: skip
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 64}
+DEEP = MIDDLE | {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 24, "num_attention_heads": 4}
 FULL_BLOCKS = MIDDLE | {"intermediate_size": 1408, "vocab_size": 32000}
 CASES = {
     "full": (MIDDLE, [200, 300, 300], {}),
     "lora": (MIDDLE, [200, 300, 300], {"lora": True}),
     "lora on bfloat16": (MIDDLE, [200, 300, 300], {"lora": True, "dtype": "bfloat16"}),
     "lora on 4 bits": (FULL_BLOCKS, [150, 250, 250], {"lora": True, "quantize": True}),
+    "deep": (DEEP, [200, 300, 300], {}),
+    "deep lora": (DEEP, [200, 300, 300], {"lora": True}),
+    "deep checkpointing": (DEEP, [200, 300, 300], {"args": {"gradient_checkpointing": True}}),
     "accumulation": (MIDDLE, [200, 300, 300], {"args": {"gradient_accumulation_steps": 2}}),
     "checkpointing": (MIDDLE, [300, 500, 500], {"args": {"gradient_checkpointing": True}}),
     "unpaired": (
