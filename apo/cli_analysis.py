@@ -57,7 +57,7 @@ def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = No
         print_(line)
     if config.out:
         from apo.models.load import find_model, hash_model_files
-        from apo.monitoring.plots import draw_clusters
+        from apo.monitoring.result_plots import draw_clusters
 
         config.out.mkdir(parents=True, exist_ok=True)
         content = {**asdict(report), "model": config.model, "model_sha256": hash_model_files(find_model(config.model))}

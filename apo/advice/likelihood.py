@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from apo.analysis.distinguishability import DRAWS, Interval
+from apo.analysis.bootstrap import DRAWS, Interval
 from clair.core.progress import progress
 from clair.core.statistics import Estimate, clustered_mean, wilson
 from clair.storage.location import cache_root
@@ -76,7 +76,7 @@ def first_step(winners: Tensor, losers: Tensor, *, seed: int = 0, draws: int = D
     """
     import torch
 
-    from apo.analysis.distinguishability import bootstrap_weights
+    from apo.analysis.bootstrap import bootstrap_weights
 
     steps = (winners - losers).double()
     rise, fall = (side.double() @ steps.T for side in (winners, losers))
@@ -189,7 +189,7 @@ def _gradients(
     """Return gradients [n, m] and log-probs with lengths [n, 2] of both sides, from the cache if possible."""
     import torch
 
-    from apo.analysis.distinguishability import SKETCH, head_gradients
+    from apo.analysis.gradients import SKETCH, head_gradients
     from apo.models import tensor_cache as cache
     from clair.core.files import content_hash
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from apo.analysis.distinguishability import Interval
+from apo.analysis.bootstrap import Interval
 from clair.core.student_t import detectable_difference
 
 AdvisedObjective = Literal["apo_zero", "apo_down", "dpo", "none"]

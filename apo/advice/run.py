@@ -15,7 +15,7 @@ from apo.advice.judge_evidence import CollectedReplies, collect_replies
 from apo.advice.likelihood import LikelihoodEvidence, as_interval, measure_likelihood
 from apo.advice.rule import MAX_STRANGE, Evidence, advise, pilot_order, refusal, sample_size
 from apo.advice.tables import advice_lines, evidence_table
-from apo.analysis.distinguishability import Interval
+from apo.analysis.bootstrap import Interval
 from apo.evaluation.config import Outcome, redacted, resumable_ledger
 from apo.evaluation.winrate.verdicts import Comparison, prompt_key, summary
 from clair.core.errors import UserError

@@ -23,35 +23,22 @@ least 1 - c / (c + delta^2 / 4) with c the concentration (Cantelli's inequality)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from apo.analysis.bootstrap import DRAWS, Interval, bootstrap_interval, bootstrap_weights
 from apo.analysis.clusters import clusters_of
+from apo.analysis.gradients import head_gradients, logp_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from apo.analysis.features import EncodedPairs
-    from apo.losses.mixture import Mixture
-    from apo.packing.logps import PairLogps
 
-SKETCH = 4096
-"""Dimensions of a gradient. A larger gradient is a TensorSketch, with errors of about 3 % of the norms."""
 NEGLECTED = 0.1
 """A cluster is reported as neglected if its predicted speed is below this share of the fastest cluster's."""
-DRAWS = 500
-"""Bootstrap samples of an interval."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with its 95 % bootstrap interval over pairs."""
-
-    value: float
-    lo: float
-    hi: float
 
 
 @dataclass(frozen=True)
@@ -237,10 +224,10 @@ def _pair_level(u: Tensor, weights: Tensor) -> tuple[Interval, float, Interval]:
     n, squares = len(u), (u**2).sum(1)
     product = ((u.sum(0) ** 2).sum() - squares.sum()) / (n * (n - 1))  # the mean of <u_i, u_j>, i != j
     drawn = ((weights @ u) ** 2).sum(1)  # the squared norms of the samples' mean u
-    square = _interval(product, drawn)
+    square = bootstrap_interval(product, drawn)
     delta = Interval(*(max(0.0, value) ** 0.5 for value in (square.value, square.lo, square.hi)))
     trace = (squares.mean() - product).clamp(min=1e-30)
-    coherence = _interval(product / squares.mean(), drawn / (weights @ squares))
+    coherence = bootstrap_interval(product / squares.mean(), drawn / (weights @ squares))
     return delta, delta.value / float(trace.sqrt()), coherence
 
 
@@ -256,76 +243,7 @@ def _text(answer: str | Sequence[Mapping[str, Any]]) -> str:
     return answer if isinstance(answer, str) else answer[-1]["content"]
 
 
-# ---- gradients
-
-
-def logp_gradients(mixture: Mixture, beta: float, logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """Return dL/d log pi(chosen) and dL/d log pi(rejected) of each pair's loss at the reference, [n] each.
-
-    They are -beta/2 and +beta/2 for DPO, -beta/4 and +beta/4 for APO-zero, 0 and +beta/4 for APO-down.
-    """
-    import torch
-
-    chosen, rejected = (side.detach().clone().requires_grad_() for side in (logps.chosen, logps.rejected))
-    policy = logps._replace(chosen=chosen, rejected=rejected)
-    losses = mixture.losses(policy, (logps.chosen, logps.rejected), beta=beta)
-    gradients = torch.autograd.grad(losses.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True)
-    return gradients[0], gradients[1]
-
-
-def head_gradients(
-    model: Any, tokenized: Any, *, dimensions: int = SKETCH, seed: int = 0
-) -> tuple[Tensor, Tensor, PairLogps]:
-    """Return the gradients of both responses' log-probs by the LM head, [n, m] each, and the log-probs.
-
-    grad log pi(y|x) = sum over response tokens t of (onehot(y_t) - softmax) h_t^T, [V, D]. It is flattened if it has at
-    most `dimensions` entries. Otherwise it is a TensorSketch (Pham & Pagh 2013), whose inner products are unbiased.
-    """
-    import torch
-
-    from apo.analysis.features import last_hidden
-    from apo.packing.layout import SIDES, response_mask
-    from apo.packing.logps import PairLogps
-
-    head = model.get_output_embeddings()
-    vocabulary, hidden_size = head.weight.shape
-    sketch = _sketch(vocabulary, hidden_size, dimensions, seed)
-    results: dict[str, list[tuple[Tensor, float, int]]] = {side: [] for side in SIDES}
-    with torch.no_grad():
-        for pair in tokenized:
-            rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in SIDES]
-            for side, states, row in zip(SIDES, last_hidden(model, rows), rows, strict=True):
-                start, mask = len(pair["prompt_ids"]), torch.tensor(response_mask(pair, side), dtype=torch.bool)
-                hidden = states[start - 1 : len(row) - 1][mask]
-                token_logps = head(hidden.to(head.weight)).float().cpu().log_softmax(-1)
-                targets = torch.tensor(row[start:])[mask][:, None]
-                residual = (-token_logps.exp()).scatter_add(1, targets, torch.ones(len(targets), 1))
-                logp = float(token_logps.gather(1, targets).sum())
-                results[side].append((sketch(residual, hidden), logp, len(targets)))
-    gradients, logps, lengths = zip(*(zip(*results[side], strict=True) for side in SIDES), strict=True)
-    chosen, rejected = map(torch.stack, gradients)
-    sums, counts = map(torch.tensor, (logps, lengths))
-    return chosen, rejected, PairLogps(sums[0], sums[1], counts[0], counts[1])
-
-
-def _sketch(rows: int, columns: int, dimensions: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that computes sum_t a_t b_t^T of a [T, rows] and b [T, columns], flattened or sketched."""
-    import torch
-
-    if rows * columns <= dimensions:
-        return lambda a, b: (a.T @ b).flatten()
-    random = torch.Generator().manual_seed(seed)
-    bins = [torch.randint(dimensions, (size,), generator=random) for size in (rows, columns)]
-    signs = [torch.randint(2, (size,), generator=random) * 2.0 - 1 for size in (rows, columns)]
-
-    def count_sketch(values: Tensor, factor: int) -> Tensor:
-        return torch.zeros(len(values), dimensions).index_add_(1, bins[factor], values * signs[factor])
-
-    def tensor_sketch(a: Tensor, b: Tensor) -> Tensor:
-        product = torch.fft.rfft(count_sketch(a, 0)) * torch.fft.rfft(count_sketch(b, 1))
-        return torch.fft.irfft(product.sum(0), n=dimensions)
-
-    return tensor_sketch
+# ---- speeds
 
 
 def _speeds(
@@ -347,9 +265,9 @@ def _speeds(
     weights = [bootstrap_weights(len(indices), draws, seed + number) for number, (_, indices) in enumerate(cells)]
     drawn = torch.stack([weight @ steps[indices] for weight, (_, indices) in zip(weights, cells, strict=True)])
     products = means @ means.T
-    own = (sizes * products.diagonal() - squares) / (sizes - 1)
+    within = (sizes * products.diagonal() - squares) / (sizes - 1)
     shares = sizes / sizes.sum()
-    by_cell = (products - products.diagonal().diag() + own.diag()) @ shares
+    by_cell = (products - products.diagonal().diag() + within.diag()) @ shares
     drawn_by_cell = torch.einsum("cdm,dm->cd", drawn, torch.einsum("c,cdm->dm", shares, drawn))
     members = torch.stack([sizes * (numbers == number) for number in range(int(numbers.max()) + 1)])
     members = members / members.sum(1, keepdim=True)
@@ -357,28 +275,8 @@ def _speeds(
     drawn_speeds = values[:, None] - (spreads - spreads.mean(1, keepdim=True))
     ranks = (-drawn_speeds).argsort(0).argsort(0) + 1.0
     ends = torch.quantile(ranks, torch.tensor([0.025, 0.975], dtype=ranks.dtype), dim=1, interpolation="nearest")
-    intervals = [_interval(value, spread) for value, spread in zip(values, spreads, strict=True)]
+    intervals = [bootstrap_interval(value, spread) for value, spread in zip(values, spreads, strict=True)]
     return intervals, [(int(low), int(high)) for low, high in ends.T]
-
-
-def bootstrap_weights(n: int, draws: int, seed: int) -> Tensor:
-    """Return the weights of n pairs in `draws` samples with replacement, [draws, n]; each row sums to 1."""
-    import torch
-
-    random = torch.Generator().manual_seed(seed)
-    indices = torch.randint(n, (draws, n), generator=random)
-    return torch.zeros(draws, n).scatter_add_(1, indices, torch.full((draws, n), 1 / n))
-
-
-def _interval(value: Tensor, drawn: Tensor) -> Interval:
-    """Return `value` with the interval of `value` minus the quantiles of the samples' deviations from their mean.
-
-    The samples' own mean is not used: a pair that is drawn twice makes its products too large, in every sample.
-    """
-    import torch
-
-    low, high = torch.quantile(drawn - drawn.mean(), torch.tensor([0.025, 0.975], dtype=drawn.dtype))
-    return Interval(float(value), float(value - high), float(value - low))
 
 
 # ---- warnings

@@ -11,7 +11,7 @@ from apo.advice.rule import suggest_learning_rate
 from apo.advice.run import run as run_advice
 from apo.evaluation.config import Outcome, redacted
 from apo.evaluation.intervals import mean_with_interval
-from apo.monitoring.plots import draw_pilots
+from apo.monitoring.result_plots import draw_pilots
 from apo.pilot.decision import PilotVerdict, decide
 from apo.pilot.matching import WARM_UP, WINDOW, free_memory, matched_rates, matching_config, run_trials
 from apo.pilot.metric import BASE, METRICS, Gains, measure_gains, metric_name

@@ -110,7 +110,7 @@ def curve(context: typer.Context, recipe: RecipeFile = None, out: Out = None, se
     from rich.table import Table
 
     from apo.console import print_line
-    from apo.monitoring.plots import draw_curve
+    from apo.monitoring.result_plots import draw_curve
     from apo.rewards.reward_dir import to_comparisons
     from apo.rewards.unseen_users import METHODS, check_folder, measure, summarise
     from clair.core.console import show as print_

@@ -46,7 +46,7 @@ def sweep(
 
 
 def _run(runs: Sequence[Any], arguments: Sequence[str]) -> None:
-    from apo.monitoring.plots import draw_sweep
+    from apo.monitoring.result_plots import draw_sweep
     from apo.sweep.grid import PICTURE, RESULT
     from apo.sweep.processes import log_file, train_runs, visible_devices
     from apo.sweep.results import notes, summarize, sweep_table

@@ -234,7 +234,7 @@ def draw(lines: Lines, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from apo.monitoring.plots import FAINT, QUIET
+    from apo.monitoring.drawing import FAINT, QUIET
 
     colors = ("#1b7f79", "#c8553d", "#4c5fd5", "#b7791f")
     figure = Figure(figsize=(11.5, 3.9), dpi=130, layout="constrained")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from apo.monitoring.plots import FAINT, QUIET
+from apo.monitoring.drawing import FAINT, QUIET
 from apo.monitoring.prediction import check_order, rank_correlation
 from clair.core.files import write_atomically
 from clair.core.statistics import clustered_mean

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from apo.monitoring.plots import draw_curve
+from apo.monitoring.result_plots import draw_curve
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically, write_json
 from recipes.experiments.neighbours import encoder

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apo.monitoring.plots import FAINT, QUIET
+from apo.monitoring.drawing import FAINT, QUIET
 from clair.core.statistics import Estimate, clustered_mean
 from recipes.experiments.paper_mini.analysis import DesignResults, d0_gains, mean
 from recipes.experiments.paper_mini.design import OBJECTIVES, gain

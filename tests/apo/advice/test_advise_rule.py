@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from apo.advice.rule import Evidence, advise, pilot_order, sample_size, suggest_beta, suggest_learning_rate
-from apo.analysis.distinguishability import Interval
+from apo.analysis.bootstrap import Interval
 
 
 def interval(value: float, half: float = 0.05) -> Interval:

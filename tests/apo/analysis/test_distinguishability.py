@@ -10,22 +10,19 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from apo.analysis.bootstrap import Interval, bootstrap_weights
 from apo.analysis.clusters import check_labels, clusters_of, indices_of_shared_prompts, kmeans
 from apo.analysis.distinguishability import (
     Cluster,
-    Interval,
     Literal,
     _pair_level,
-    _sketch,
     _speeds,
-    bootstrap_weights,
     distinguish,
     distinguishability,
-    head_gradients,
-    logp_gradients,
     warnings_of,
 )
 from apo.analysis.features import EncodedPairs, Features, encode
+from apo.analysis.gradients import _sketch, head_gradients, logp_gradients
 from apo.losses.mixture import resolve_mixture
 from apo.losses.objectives import apo_down, apo_zero, dpo
 from apo.packing.logps import PairLogps

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from apo.analysis.distinguishability import head_gradients
+from apo.analysis.gradients import head_gradients
 from apo.data.sources import hash_pairs
 from apo.data.tokenize import eos_ids, tokenize
 from apo.evaluation.pairs import compare_models

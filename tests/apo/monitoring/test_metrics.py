@@ -8,8 +8,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from apo.monitoring.drawing import COLORS
 from apo.monitoring.metrics import adjusted_logps, series
-from apo.monitoring.plots import COLORS, draw_dynamics
+from apo.monitoring.plots import draw_dynamics
 from apo.run_dir.files import append_log, read_log, truncate_logs
 
 

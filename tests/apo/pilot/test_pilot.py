@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import apo
-from apo.monitoring.plots import draw_pilots
+from apo.monitoring.result_plots import draw_pilots
 from apo.pilot.plan import pilot_overrides
 from apo.training.config import TrainConfig
 from clair.data.dataset import DatasetWriter, load_pairs
