@@ -431,6 +431,7 @@ def section(level: str, split: str | None, benchmark: str | None = None) -> dict
 
 def test_the_page_says_what_the_results_hold():
     answered = {"scores": "01" * 5, "tokens": [100, 300], "truncated": 7}
+    other = {**answered, "scores": "0111" + "01" * 3}
     choice = {"rate": 3e-4, "epochs": 2, "model": "runs/a/checkpoint-9"}
     sections = [section("overall", "prompt_loose"), section("split", "instruction_loose", "unseen")]
     answer = {
@@ -442,7 +443,14 @@ def test_the_page_says_what_the_results_hold():
     }
     text = table.page(
         {
-            "evaluations": {"ifeval": {"base": answered, PRIMARY.name: answered}, "mixeval": {}},
+            "evaluations": {
+                "ifeval": {
+                    "base": answered,
+                    PRIMARY.name: answered,
+                    "clair-dpo": other,
+                },
+                "mixeval": {},
+            },
             "compared": {"ifeval": {"names": [PRIMARY.name], "sections": sections}, "mixeval": None},
             "pairs": {"clair": {"counts": {"pairs": 6, "dropped": 4}, "drops": {"reviser/refusal/new_content": 4}}},
             "chosen": {PRIMARY.name: {**choice, "candidates": [{**choice, "validation": 0.3}]}},
@@ -456,6 +464,8 @@ def test_the_page_says_what_the_results_hold():
         "| instruction, loose, types unseen | 541 | 20.0 [16.0, 24.0] | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] |" in text
     )
     assert "| clair | 10 | 6 | reviser/refusal/new_content 4 |" in text
+    # one of ten differs: the standard error is 0.1, t of 9 degrees of freedom 2.262
+    assert "| clair-dpo | -10.0 [-32.6, +12.6] | 0, 1 |" in text
     assert f"| {PRIMARY.name} | 0.0003, 2: 30.0 | 0.0003, 2 |" in text
     assert f"| {PRIMARY.name} | 200 | +2.0 | -3.0 | 10 |" in text
     assert "| all | 2 | 3 |  |" in text

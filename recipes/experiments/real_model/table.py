@@ -19,6 +19,7 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically, write_json
+from clair.core.statistics import paired_difference
 from recipes.experiments.paper_mini import results as lines
 from recipes.experiments.real_model.cells import CELLS, PRIMARY
 from recipes.world.running import ROOT
@@ -131,6 +132,7 @@ def page(results: Mapping[str, Any]) -> str:
             "`python -m recipes.experiments.real_model.table --write` makes this section from",
             f"`{COMMITTED}`. Differences are in points, with 95 % intervals.",
             *_benchmark(results, "ifeval", "IFEval, prompts whose instructions are all followed, loosely"),
+            *_contrasts(results),
             *_measures(results),
             *_benchmark(results, "mixeval", "MixEval-Hard, by rules"),
             *_pair_table(results),
@@ -178,6 +180,18 @@ def _benchmark(results: Mapping[str, Any], benchmark: str, title: str) -> Iterat
     for name, tuned in zip(compared["names"], section["tuned"], strict=True):
         counts = f"{tuned['better']}, {tuned['worse']}"
         yield _row(name, _percent(tuned), _delta(tuned), _p(tuned["p"]), _p(tuned["p_holm"]), counts, cut[name])
+
+
+def _contrasts(results: Mapping[str, Any]) -> Iterator[str]:
+    """The primary cell minus each other one, by prompt. Not planned beforehand, so without corrected p-values."""
+    scores = {name: [*map(int, model["scores"])] for name, model in results["evaluations"]["ifeval"].items()}
+    others = [cell.name for cell in CELLS if cell != PRIMARY and cell.name in scores]
+    if others:
+        yield from _heading(f"{PRIMARY.name} minus the other cells", "cell", "difference", "better, worse")
+    for name in others:
+        difference = paired_difference(scores[name], scores[PRIMARY.name], range(len(scores[name])))
+        mean = f"{100 * difference.estimate.mean:+.1f} {_interval(difference.interval)}"
+        yield _row(name, mean.rstrip(), f"{difference.better}, {difference.worse}")
 
 
 def _measures(results: Mapping[str, Any]) -> Iterator[str]:
