@@ -232,7 +232,7 @@ def _real_measurement(mode: str) -> dict[str, Any]:
         watch = threading.Thread(target=_kill_above_limit, args=(process, result))
         watch.start()
         for line in process.stdout or ():
-            if line.startswith("{"):
+            if line.startswith('{"'):  # not the trainer's own log
                 print(REAL, mode, line, end="", file=sys.stderr, flush=True)
                 for key, value in json.loads(line).items():
                     result[key] = [*result[key], value] if key in ("step_seconds", "losses") else value
