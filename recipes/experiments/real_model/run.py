@@ -246,7 +246,7 @@ def main() -> None:
     shared = Path(os.environ.get("CLAIR_SHARED", ROOT.parent / "shared"))
     parser = argparse.ArgumentParser(description="Run the experiment on a real model; finished steps do not run again.")
     parser.add_argument(
-        "--small", action="store_true", help="a small version, 20 minutes: few prompts, one rate, one cell"
+        "--small", action="store_true", help="a small version, 5 minutes: few prompts, one rate, one cell"
     )
     parser.add_argument("--primary", action="store_true", help="the primary cell alone")
     parser.add_argument("--model", type=Path, default=default_folder())

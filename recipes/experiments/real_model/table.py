@@ -28,7 +28,7 @@ COMMITTED = Path("recipes/experiments/real_model/results/results.json")
 PAGE = Path("docs/real_model.md")
 HEADING = "## Results\n"
 ANSWERS = 5
-SHOWN_CHARACTERS = 400
+SHOWN_CHARACTERS = 240
 
 
 # ---- from the folder
@@ -61,7 +61,7 @@ def collect(out: Path) -> dict[str, Any]:
     keys = ("step", "seconds", "cpu_seconds", "peak_mib")
     return {
         "split": read_json(out / "prompts" / "split.json"),
-        "pairs": {name: _pairs(folder) for name, folder in pairs.items() if folder.exists()},
+        "pairs": {name: _pairs(folder) for name, folder in pairs.items() if (folder / "manifest.json").exists()},
         "chosen": {name: _relative(choice, out) for name, choice in chosen.items()},
         "evaluations": evaluations,
         "compared": {name: _compared(out / "evals" / name / "compare" / "compare.json") for name in evaluations},
@@ -234,8 +234,13 @@ def _lengths(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _costs(results: Mapping[str, Any]) -> Iterator[str]:
     yield from _heading("Time and memory", "step", "minutes", "CPU minutes", "peak memory, MiB")
-    for step in results["steps"]:
-        yield _row(step["step"], f"{step['seconds'] / 60:.1f}", f"{step['cpu_seconds'] / 60:.1f}", step["peak_mib"])
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for step in results["steps"]:  # the answers of a cell's candidates are one row
+        name, candidate, _ = step["step"].partition("/")
+        groups.setdefault(f"{name}, validation" if candidate else name, []).append(step)
+    for name, steps in groups.items():
+        minutes, cpu_minutes = (f"{sum(step[key] for step in steps) / 60:.1f}" for key in ("seconds", "cpu_seconds"))
+        yield _row(name, minutes, cpu_minutes, max(step["peak_mib"] for step in steps))
     total = sum(step["seconds"] for step in results["steps"])
     yield _row("all", f"{total / 60:.0f}", f"{sum(s['cpu_seconds'] for s in results['steps']) / 60:.0f}", "")
 
