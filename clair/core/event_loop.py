@@ -52,8 +52,11 @@ async def await_shielded(future: asyncio.Future[Result]) -> Result:
 
     Nobody then sees its error, and asyncio would print it as "never retrieved" beside the one line of the run's error.
     """
-    future.add_done_callback(_retrieve_exception)
-    return await asyncio.shield(future)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(_retrieve_exception)
+        raise
 
 
 def _retrieve_exception(future: asyncio.Future[Any]) -> None:
