@@ -180,6 +180,9 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypat
     monkeypatch.setattr(shapes, "this_machine", lambda: small)
     with pytest.raises(UserError, match=r"the run needs about .* GiB and this machine: CPU has .*; set .*pack_tokens"):
         train(TrainConfig(**recipe), log=print)
+    deep = replace(costs.here, sizes=replace(costs.here.sizes, layers=24))  # of two layers, checkpointing saves nothing
+    with pytest.raises(UserError, match=r"the run needs about .* GiB and this machine: CPU has .*; set .*checkpoint"):
+        fitting.check_fits(deep, small)
     assert not list(tmp_path.glob("run/*"))
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
