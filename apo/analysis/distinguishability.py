@@ -274,9 +274,9 @@ def _speeds(
     values, spreads = members @ by_cell, members @ drawn_by_cell
     drawn_speeds = values[:, None] - (spreads - spreads.mean(1, keepdim=True))
     ranks = (-drawn_speeds).argsort(0).argsort(0) + 1.0
-    ends = torch.quantile(ranks, torch.tensor([0.025, 0.975], dtype=ranks.dtype), dim=1, interpolation="nearest")
+    bounds = torch.quantile(ranks, torch.tensor([0.025, 0.975], dtype=ranks.dtype), dim=1, interpolation="nearest")
     intervals = [bootstrap_interval(value, spread) for value, spread in zip(values, spreads, strict=True)]
-    return intervals, [(int(low), int(high)) for low, high in ends.T]
+    return intervals, [(int(low), int(high)) for low, high in bounds.T]
 
 
 # ---- warnings

@@ -64,7 +64,7 @@ def draw_curve(curve: Mapping[str, Any], path: str | Path) -> None:
     axes.minorticks_off()
     lines = {"adapted": (curve["kind"], COLORS["chosen"]), "alone": ("of the user alone", COLORS["rejected"])}
     for key, (name, color) in {**lines, "bradley_terry": ("Bradley-Terry", QUIET)}.items():
-        means, lows, highs = ([point[key][part] for point in points] for part in ("mean", "lo", "hi"))
+        means, lows, highs = ([point[key][statistic] for point in points] for statistic in ("mean", "lo", "hi"))
         axes.plot(shots, means, color=color, marker="o", markersize=4, label=name)
         axes.fill_between(shots, lows, highs, color=color, alpha=0.15, linewidth=0)
     axes.legend(frameon=False, fontsize=8.5)
@@ -118,8 +118,8 @@ def draw_pilots(result: Mapping[str, Any], path: str | Path) -> None:
         else:
             axes.text(0, index, " stopped", va="center", fontsize=8.5, color=COLORS["rejected"])
         if pilot["name"] == verdict["best"]:
-            ends = [scale * end for end in verdict["ci95"]]
-            plot_interval(axes, index + 0.22, scale * verdict["corrected"], ends, GOLD, fill="white")
+            corrected = [scale * end for end in verdict["ci95"]]
+            plot_interval(axes, index + 0.22, scale * verdict["corrected"], corrected, GOLD, fill="white")
     name_rows(axes, names)
     axes.set_xlabel("")
     figure.savefig(path, format="png")
