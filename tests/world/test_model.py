@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,3 +88,32 @@ def test_batching_and_order_do_not_change_an_answer() -> None:
     tasks = distinct_tasks("heldout", 30, seed=12)
     together = greedy_answers(MODEL, tasks)
     assert greedy_answers(MODEL, tasks[::-1], batch_size=7) == together[::-1]
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48)])
+def test_muon_takes_the_same_steps_when_its_products_are_made_in_float32(shape: tuple[int, int]) -> None:
+    import torch
+
+    from recipes.world.make_model import ProductsInFloat32
+
+    def trained(context: Any) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(0)
+        weights = torch.nn.Parameter(torch.randn(shape, generator=draws))
+        optimizer = torch.optim.Muon([weights], lr=0.1)
+        for _ in range(3):
+            weights.grad = torch.randn(shape, generator=draws)
+            with context:
+                optimizer.step()
+        return weights.detach()
+
+    multiplied: list[torch.dtype] = []
+
+    class Recorded(ProductsInFloat32):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_function__(func, types, args, kwargs)
+            if func in (torch.Tensor.matmul, torch.addmm):
+                multiplied.append(result.dtype)
+            return result
+
+    assert torch.allclose(trained(nullcontext()), trained(Recorded()), atol=2e-3)  # bfloat16 rounds to 0.4 %
+    assert multiplied == [torch.bfloat16] * 45  # three steps of five iterations with three products
