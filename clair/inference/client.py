@@ -83,7 +83,9 @@ class ModelClient:
     """Calls of earlier passes."""
     _slots_reported: bool = False
     _shared_calls: dict[str, asyncio.Future[Reply | StoredReply]] = field(default_factory=dict)
-    _calls: set[asyncio.Task[Any]] = field(default_factory=set)
+    _in_flight: int = 0
+    _settled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the last request in flight has been answered and its reply is on disk."""
 
     async def complete(
         self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = (), added_temperature: float = 0.0
@@ -171,8 +173,8 @@ class ModelClient:
 
     async def drain(self) -> None:
         """Wait until the replies of the requests in flight, which are paid for, are on disk."""
-        while self._calls:
-            await asyncio.wait(set(self._calls))
+        while self._in_flight:
+            await self._settled.wait()
 
     # ---- claims
 
@@ -258,12 +260,10 @@ class ModelClient:
                 self._release(call, NOTHING)
                 await self.ledger.fail(call.key, self.stop.reason, call.claim.max_tokens)
                 raise Stopped(self.stop.reason)
-            task = asyncio.ensure_future(self._send(call))
-            self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
+            self._in_flight += 1
+            self._settled.clear()
             try:
-                # A cancelled row leaves its call to drain(): a paid reply is written to the ledger.
-                return await await_shielded(task)
+                return await self._send(call)
             except (RateLimited, Unreachable, RequestFailed, Refused) as error:
                 last: Exception = error
                 if self.health.is_waiting(error):
@@ -279,6 +279,10 @@ class ModelClient:
                     if isinstance(error, RateLimited)
                     else backoff(attempt + min(waits, _MAX_WAITS), _FIRST_BACKOFF)
                 )
+            finally:
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self._settled.set()
             self.tally.retries += 1
             await asyncio.sleep(seconds)
             try:

@@ -25,15 +25,13 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clair.core.errors import UserError
-from clair.core.event_loop import await_shielded
 from clair.core.files import content_hash
 from clair.ledger.recovery import count_readable
 from clair.ledger.run_locks import acquire_lock, count_live_runs, is_locked, lock_path
@@ -238,10 +236,9 @@ class Ledger(AbstractContextManager["Ledger"]):
         """Run `work` in a transaction of the writing thread. Returns its result once it is on disk."""
         if self._broken:
             raise self._broken
-        write = _Write(work)
-        self._queue.put(write)
-        # Cancelling the caller must not cancel the write: a paid reply is written in any case.
-        return await await_shielded(asyncio.wrap_future(write.future))
+        future = asyncio.get_running_loop().create_future()
+        self._queue.put(_Write(work, future))
+        return await future  # cancelling the caller cancels this future, never the write: a paid reply is on disk
 
     def claim_within(
         self, connection: sqlite3.Connection, key: str, claim: Claim, batch: str | None = None
@@ -299,11 +296,7 @@ class Ledger(AbstractContextManager["Ledger"]):
                 following = self._queue.get()
                 last = following is None
                 batch += [following] if following else []
-            for write, result in self._commit(self._writer, batch):
-                if isinstance(result, LedgerError):
-                    write.future.set_exception(result)
-                else:
-                    write.future.set_result(result)
+            _resolve(self._commit(self._writer, batch))
             if last:
                 break
 
@@ -340,8 +333,28 @@ class Ledger(AbstractContextManager["Ledger"]):
 @dataclass(slots=True)
 class _Write:
     work: Callable[[sqlite3.Connection], Any]
-    future: Future[Any] = field(default_factory=Future)
-    """Its result, for the event loop that waits for it."""
+    future: asyncio.Future[Any]
+    """Its result, in the event loop that waits for it."""
+
+
+def _resolve(results: list[tuple[_Write, Any]]) -> None:
+    """Give the writes of one transaction their results, in one turn of each event loop that waits for them.
+
+    Rows that continue together also queue their next writes together: one transaction, not one for each reply.
+    """
+
+    def set_results(items: list[tuple[_Write, Any]]) -> None:
+        for write, result in items:
+            if write.future.done():  # cancelled with its event loop
+                continue
+            if isinstance(result, LedgerError):
+                write.future.set_exception(result)
+            else:
+                write.future.set_result(result)
+
+    for loop in {write.future.get_loop() for write, _ in results}:
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits
+            loop.call_soon_threadsafe(set_results, [item for item in results if item[0].future.get_loop() is loop])
 
 
 def _error_message(path: Path, error: Exception) -> str:

@@ -149,6 +149,29 @@ def test_writes_that_gather_are_committed_together(tmp_path, monkeypatch):
     assert len(commits) <= 10
 
 
+def test_the_rows_of_one_transaction_continue_in_one_turn_of_the_event_loop(tmp_path, monkeypatch):
+    began, gate = threading.Event(), threading.Event()
+
+    def block(_: sqlite3.Connection) -> None:
+        began.set()
+        gate.wait(10)
+
+    async def write_together(ledger: Ledger) -> tuple[list[int], int]:
+        loop = asyncio.get_running_loop()
+        first = asyncio.ensure_future(ledger.write(block))
+        await asyncio.to_thread(began.wait, 10)
+        others = [asyncio.ensure_future(ledger.write(lambda _, value=value: value)) for value in range(50)]
+        await asyncio.sleep(0)
+        turns, turn = [], loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: (turns.append(call), turn(*call)))
+        gate.set()
+        await first
+        return await asyncio.gather(*others), len(turns)
+
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert do(write_together(ledger)) == (list(range(50)), 2)
+
+
 def test_a_cancelled_row_does_not_cancel_the_writing_of_what_it_paid_for(tmp_path):
     async def cancel(ledger):
         await ledger.claim("k", CLAIM)
