@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from clair.core.errors import UserError
-from clair.data.records import LABELS, Message, Messages, Prompt, Tools, content_id, replace_surrogates
+from clair.data.records import LABELS, Message, Messages, Prompt, Tools, replace_surrogates
 from clair.data.row_formats import ROLES
 
 _MESSAGE_KEYS = {"name": str, "tool_calls": list, "tool_call_id": str, "reasoning_content": str}
@@ -34,13 +34,12 @@ def read_prompt(row: Any, names: Mapping[str, str], location: str) -> Prompt:
     stronger = _answer(row.get(names["stronger"]), location) if "stronger" in names else None
     reference = _replace_all_surrogates(row.get(names["reference"])) if "reference" in names else None
     tools = _tools(row.get(names["tools"]), names["tools"], location)
-    id = row.get(names["id"])
-    if id in (None, ""):
-        id = content_id(messages, answer, answers, scores, tools, stronger, reference)
     labels = {
         name: _label(row[names[name]], names[name], location) for name in LABELS if row.get(names[name]) is not None
     }
-    return Prompt(replace_surrogates(str(id)), messages, answer, answers, scores, labels, tools, stronger, reference)
+    id = row.get(names["id"])
+    id = "" if id is None else replace_surrogates(str(id))
+    return Prompt(id, messages, answer, answers, scores, labels, tools, stronger, reference)
 
 
 def _tools(value: Any, column: str, location: str) -> Tools:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import cached_property, lru_cache
 from typing import Any, NotRequired, TypedDict
 
 from clair.core.files import content_hash
@@ -48,11 +49,11 @@ SCORES = ("score_chosen", "score_rejected")
 """Columns of a pair with the scores of its answers."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """A conversation up to the turn to be answered, with the ready answers of its row, if any.
 
-    `id` is that of the row, or else the hash of the content. Equal content always has the same `content_id`.
+    `id` is that of the row, or `content_id` if that is empty. Equal content always has the same `content_id`.
     """
 
     id: str
@@ -71,7 +72,11 @@ class Prompt:
     reference: Any = None
     """What a checker compares answers with: any JSON value."""
 
-    @property
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", self.content_id)
+
+    @cached_property
     def content_id(self) -> str:
         """The hash of messages, ready answers, tools and reference: 16 hex digits, the same on every machine."""
         return content_id(
@@ -140,6 +145,7 @@ _BAD_ENDINGS = {
 """Patterns of bad endings by their reason. The first match decides."""
 
 
+@lru_cache(maxsize=256)
 def incomplete_reason(finish_reason: str | None, *, tools: bool = False) -> str | None:
     """Classify a finish reason: None for a good ending or no finish reason, else why the answer is not whole.
 
@@ -159,8 +165,9 @@ def trimmed(text: str) -> str:
 
     A single leading space is removed, because tokenizers add it.
     """
-    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text.rstrip())
-    return text[1:] if re.match(r" \S", text) else text
+    text = text.rstrip()
+    text = text[text.rfind("\n", 0, len(text) - len(text.lstrip())) + 1 :]
+    return text[1:] if text[:1] == " " and not text[1].isspace() else text
 
 
 def written_like(text: str, answer: str) -> str:

@@ -234,7 +234,9 @@ def _is_mention(text: str, tag: re.Match[str], opened: bool) -> bool:
 def _strip_marks(text: str) -> str:
     """Remove the marks of a turn around a text, which a server should have removed."""
     text = _BEGIN_MARK.sub("", text)
-    match = _END_MARKS.search(text)
+    # A mark ends in one of these; the search reads the whole text and takes ten times as long as this look at its end.
+    may_end_in_mark = text.rstrip()[-9:].lower().endswith((">", "]", "assistant", "user"))
+    match = _END_MARKS.search(text) if may_end_in_mark else None
     if not match or ("</s>" in match[0] and "<s>" in text):
         return text
     return text[: match.start()]

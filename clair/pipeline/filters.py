@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from clair.core.errors import UserError, check_name, near_miss
@@ -141,7 +142,7 @@ _SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese mixes all thre
 def _script(text: str) -> str | None:
     """The script of over 60 % of the letters (LATIN, CYRILLIC, CJK ...); None if mixed or fewer than 20 letters."""
     if text.isascii():
-        return "LATIN" if sum(map(str.isalpha, text[:4000])) >= 20 else None
+        return "LATIN" if any(islice(filter(str.isalpha, text[:4000]), 19, None)) else None
     letters = [c for c in text[:4000] if c.isalpha()]
     if len(letters) < 20:
         return None

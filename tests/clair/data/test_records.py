@@ -36,6 +36,11 @@ def test_anything_different_gives_another_id(messages, answer):
     assert content_id(messages, answer) != content_id(USER, None)
 
 
+def test_a_prompt_without_an_id_has_its_content_id():
+    assert Prompt("", USER).id == Prompt("mine", USER).content_id
+    assert Prompt("mine", USER).id == "mine"
+
+
 def test_the_users_own_id_changes_nothing_about_the_content_id():
     assert Prompt("mine", USER).content_id == Prompt("other", USER).content_id == content_id(USER, None)
 
