@@ -197,10 +197,12 @@ def note(event):
 note("start")
 os.makedirs(out)
 open(os.path.join(out, "run.json"), "w").close()
-time.sleep(0.3)
+deadline = time.monotonic() + 60
+while open(log).read().count("start") < 2 and time.monotonic() < deadline:
+    time.sleep(0.05)
 note("end")
 """
-"""A stand-in of `apo train`: notes the GPU that it sees."""
+"""A stand-in of `apo train`: notes the GPU that it sees. The first run ends once a second one has begun beside it."""
 
 
 def test_each_run_sees_a_gpu_of_its_own_and_all_gpus_are_used(monkeypatch, recipe_file, tmp_path):
