@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from apo.cost.deepspeed_memory import ZeroConfig, zero_memory
 from apo.cost.sizes import ModelSizes, PassCost, pass_costs
 from apo.packing.head import HEAD_CHUNK, stores_logits
+from clair.inference.generation.onednn import has_bfloat16, rows_multiple
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,12 +29,12 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 TRL_TILE, TRL_SLOPE = (4096, 32_768), 29
 """Positions and vocabulary of a tile of TRL 1.16's head, and the bytes of a logit's gradient on a CPU: seven
 float32 numbers and a flag."""
-HOLES, INTERLEAVED_HOLES = 0.6, 1.0
+HOLES, INTERLEAVED_HOLES, MKL_ADAPTER_HOLES = 0.6, 1.0, 1.4
 """MEASURED, not derived: what glibc's allocator wastes on a CPU, in activations of all layers without checkpointing.
 
 glibc before 2.38 rarely reuses a freed block of torch's for another of the same size. Where results are freed between
-stored activations, more is wasted: with checkpointing, or an adapter in float32. Equal runs differ by a
-fifth (docs/log).
+stored activations, more is wasted: with checkpointing, or an adapter in float32; for an adapter still more if MKL makes
+the products, because oneDNN is no faster on this processor. Equal runs differ by a fifth (docs/log).
 """
 
 
@@ -233,8 +236,11 @@ def _layer_bytes(job: Job, row: PassCost) -> float:
 
 
 def _hole_bytes(job: Job, row: PassCost) -> float:
-    freed_between = job.checkpointing or (job.is_adapter and job.compute == 4)
-    return (INTERLEAVED_HOLES if freed_between else HOLES) * job.sizes.layers * _layer_bytes(job, row)
+    adapter_in_float32 = job.is_adapter and job.compute == 4
+    holes = INTERLEAVED_HOLES if job.checkpointing or adapter_in_float32 else HOLES
+    if adapter_in_float32 and not (job.checkpointing or job.quantized) and rows_multiple(torch.device("cpu")) == 1:
+        holes = MKL_ADAPTER_HOLES
+    return holes * job.sizes.layers * _layer_bytes(job, row)
 
 
 def _head_bytes(job: Job, row: PassCost) -> float:
@@ -242,8 +248,8 @@ def _head_bytes(job: Job, row: PassCost) -> float:
 
     Logits in float32 (stored for all labels, or computed per chunk), hidden states and their gradient; below float32
     also the rounded chunk. If the head is trained, also its gradient in float32 and, with several chunks, one product
-    to be added to it. In TRL's padded batch: a tile of logits, on a CPU with the buffers of its gradient, and both
-    gradients in float32.
+    to be added to it. A CPU that multiplies bfloat16 in float32 makes copies in float32. In TRL's padded batch: a tile
+    of logits, on a CPU with the buffers of its gradient, and both gradients in float32.
     """
     sizes = job.sizes
     if not job.packed:
@@ -254,7 +260,8 @@ def _head_bytes(job: Job, row: PassCost) -> float:
     logits = 4 * (row.labels if stores_logits(row.labels, sizes.vocabulary) else chunk) + rounded * chunk
     product = job.compute if row.labels > HEAD_CHUNK else rounded
     trained = 0 if job.is_adapter else (4 + product) * sizes.hidden
-    return sizes.vocabulary * (logits + trained) + 2 * row.labels * sizes.hidden * job.compute
+    converted = 0 if job.on_gpu or job.compute == 4 or has_bfloat16() else 4 * (chunk + sizes.hidden)
+    return sizes.vocabulary * (logits + trained + converted) + 2 * row.labels * sizes.hidden * job.compute
 
 
 # ---- the run

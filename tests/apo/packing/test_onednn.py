@@ -58,6 +58,27 @@ def test_a_quick_layer_is_as_near_to_float64_as_torchs_own(quick, bias, shape):
         assert (actual - exact).norm() <= 4 * (theirs - exact).norm() + 1e-7 * exact.norm()
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_bfloat16_multiplied_in_float32_is_as_near_to_float64_as_torchs_own(mixed, monkeypatch):
+    linear, x = layer(bias=True).bfloat16(), torch.randn(2, 32, 48).bfloat16()
+    if mixed:
+        linear, x = linear.float(), x.float()
+
+    def results(native):
+        monkeypatch.setattr(matmul, "has_bfloat16", lambda: native)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            assert (linear(x).grad_fn.name() == "_LinearBackward") == (not native)
+            return run(linear, x)
+
+    ours, plain = results(False), results(True)
+    assert [value.dtype for value in ours] == [value.dtype for value in plain]
+    for actual, theirs, exact in zip(ours, plain, run(linear.double(), x.double()), strict=True):
+        assert (actual - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-7 * exact.norm()
+    monkeypatch.setattr(matmul, "has_bfloat16", lambda: False)
+    few_rows = linear.bfloat16()(x[0, :31].bfloat16())  # are faster as they are
+    assert few_rows.grad_fn.name() != "_LinearBackward"
+
+
 def test_other_rows_types_and_autocast_are_left_to_torch(quick):
     linear = layer(bias=True)
     rows = torch.randn(33, 48)
