@@ -165,7 +165,9 @@ def regime_gains(design: Design, pairs: str, worlds: Sequence[str], rows: Rows) 
 
 
 def runs_of(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) -> list[Run]:
-    """Return the runs of a design that can be determined so far, tuning runs first: others depend on them.
+    """Return the runs of a design that can be determined so far: tuning runs first, as others depend on them.
+
+    Once D1's rates are selected, the runs that its claims take come before those at other rates.
 
     `passed` is True for the existing worlds whose gates are met. Other worlds have no runs.
     """
@@ -202,7 +204,13 @@ def runs_of(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) 
     sets = ("clair",) if name == "D1" else ("weak", "strong")
     result = [run for pairs in sets for run in _at_all_rates(design, tuning, pairs)]
     if name == "D1":
-        return result + list(_at_all_rates(design, worlds, "clair"))
+        settings = {o: select(design, "clair", o, tuning, rows) for o in OBJECTIVES}
+        rates = {o: setting.learning_rate for o, setting in settings.items() if setting}
+
+        def is_for_no_claim(run: Run) -> bool:  # the claims take an objective's own rate, or that of APO-zero
+            return run.learning_rate not in (rates.get(run.objective), rates.get("apo_zero"))
+
+        return result + sorted(_at_all_rates(design, worlds, "clair"), key=is_for_no_claim)
     for pairs in sets:
         for objective in OBJECTIVES:
             setting = select(design, pairs, objective, tuning, rows)

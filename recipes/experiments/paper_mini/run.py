@@ -208,6 +208,7 @@ def _run_due(
 ) -> None:  # fmt: skip
     started, completed_runs = time.monotonic(), 0
     while runs := due(name, design, passed, rows):
+        runs = [run for run in runs if run.world in design.tuning] or runs  # they select the rates of the others
         worlds = dict.fromkeys(run.world for run in runs)
         missing = [world for world in worlds if not (folder / "worlds" / world / "world.json").exists()]
         _make_worlds(pool, missing, folder, passed, record, log)  # known by their committed measurements alone
