@@ -206,11 +206,10 @@ def runs_of(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) 
     if name == "D1":
         settings = {o: select(design, "clair", o, tuning, rows) for o in OBJECTIVES}
         rates = {o: setting.learning_rate for o, setting in settings.items() if setting}
-
-        def is_for_no_claim(run: Run) -> bool:  # the claims take an objective's own rate, or that of APO-zero
-            return run.learning_rate not in (rates.get(run.objective), rates.get("apo_zero"))
-
-        return result + sorted(_at_all_rates(design, worlds, "clair"), key=is_for_no_claim)
+        # The claims take an objective at its own rate, and all but SFT at that of APO-zero.
+        claimed = {*rates.items(), *((o, rates.get("apo_zero")) for o in OBJECTIVES if o != "sft")}
+        tests = _at_all_rates(design, worlds, "clair")
+        return result + sorted(tests, key=lambda run: (run.objective, run.learning_rate) not in claimed)
     for pairs in sets:
         for objective in OBJECTIVES:
             setting = select(design, pairs, objective, tuning, rows)
