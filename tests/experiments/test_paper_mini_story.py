@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -186,6 +188,15 @@ def test_the_picture_has_the_curves_and_the_regimes():
     assert [len(values) for values in gains] == [3] * 4
     assert len(picture.regime_estimates(measured)) == 8
     assert picture.regime_estimates(measured)["weak", "sft"].hi < 0
+
+
+def test_the_picture_shows_the_rates_that_have_run_in_all_worlds():
+    measured = all_results(FULL)
+    missing = FULL.run(measured.tested("D1")[3], "clair", "dpo", FULL.shared_rates[1]).key
+    rows = {key: row for key, row in measured.rows.items() if key != missing}
+    curves = picture.d1_curves(replace(measured, rows=rows))
+    assert curves["dpo"][0] == [FULL.shared_rates[0], FULL.shared_rates[2]]
+    assert curves["sft"] == picture.d1_curves(measured)["sft"]
 
 
 def test_results_are_read_from_a_file_and_an_empty_one_says_what_to_do(tmp_path):

@@ -30,13 +30,14 @@ def d0_curves(measured: DesignResults) -> dict[str, Curve]:
 
 
 def d1_curves(measured: DesignResults) -> dict[str, Curve]:
-    """Return D1's gains at the last checkpoint, by objective; without incomplete objectives."""
+    """Return D1's gains at the last checkpoint, by objective, at the rates that have run in all worlds."""
     design, worlds, curves = measured.design, measured.tested("D1"), {}
     for objective in OBJECTIVES:
-        keys = [[design.run(w, "clair", objective, rate).key for w in worlds] for rate in design.shared_rates]
-        if worlds and all(key in measured.rows for row in keys for key in row):
-            gains = [[gain(measured.rows[key], design.epochs) for key in row] for row in keys]
-            curves[objective] = (list(design.shared_rates), gains)
+        keys = {rate: [design.run(w, "clair", objective, rate).key for w in worlds] for rate in design.shared_rates}
+        rates = [rate for rate, row in keys.items() if worlds and all(key in measured.rows for key in row)]
+        if rates:
+            gains = [[gain(measured.rows[key], design.epochs) for key in keys[rate]] for rate in rates]
+            curves[objective] = (rates, gains)
     return curves
 
 
