@@ -121,8 +121,10 @@ class _Linear(torch.autograd.Function):
 
 def _linear(self: torch.nn.Linear, x: torch.Tensor) -> Any:
     rows, weight, bias = x.numel() // max(x.shape[-1], 1), self.weight, self.bias
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if x.device.type != "cpu":
+        return functional.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
         if x.dtype == torch.float64 or not _multiplies_in_float32(rows, x.device, dtype):
             return functional.linear(x, weight, bias)
         return _Linear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
