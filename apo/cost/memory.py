@@ -260,7 +260,7 @@ def _head_bytes(job: Job, row: PassCost) -> float:
     logits = 4 * (row.labels if stores_logits(row.labels, sizes.vocabulary) else chunk) + rounded * chunk
     product = job.compute if row.labels > HEAD_CHUNK else rounded
     trained = 0 if job.is_adapter else (4 + product) * sizes.hidden
-    converted = 0 if job.on_gpu or job.compute == 4 or has_bfloat16() else 4 * (chunk + sizes.hidden)
+    converted = 0 if job.on_gpu or job.compute != 2 or has_bfloat16() else 4 * (chunk + sizes.hidden)
     return sizes.vocabulary * (logits + trained + converted) + 2 * row.labels * sizes.hidden * job.compute
 
 

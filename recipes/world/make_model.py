@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
@@ -24,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from clair.inference.generation.onednn import has_bfloat16
 from recipes.world.skills.words import ITEMS, LETTERS
 from recipes.world.tasks import Task, draw_tasks
 
@@ -177,8 +179,8 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 class ProductsInFloat32(TorchFunctionMode):
     """Multiply bfloat16 matrices in float32 and round the result, inside a `with` block.
 
-    Muon multiplies in bfloat16, which takes 25 times as long on a processor without bfloat16 instructions. Processors
-    that have them also add in float32: the results agree up to the order of the sum.
+    For a processor without bfloat16 instructions, where Muon's own products take 25 times as long. Processors that have
+    them also add in float32: the results agree up to the order of the sum.
     """
 
     def __torch_function__(
@@ -201,7 +203,7 @@ def pretrain(model: LlamaForCausalLM, data: Iterator[list[Example]], *, pad: int
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak)
-            with ProductsInFloat32():
+            with nullcontext() if has_bfloat16() else ProductsInFloat32():
                 optimizer.step()
             optimizer.zero_grad()
         total += loss.item()

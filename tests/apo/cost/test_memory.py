@@ -153,6 +153,19 @@ def test_memory_by_hand_and_what_lowers_it():
     assert fitting.required_memory(adapter, gpu) < gpu.memory < fitting.required_memory(replace(full, weight=4), gpu)
 
 
+def test_only_bfloat16_is_copied_in_float32_on_a_processor_without_it(monkeypatch):
+    narrow = llama(**LLAMA_3_8B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1})
+    sizes, row = shapes.count_sizes(narrow), shapes.pair_cost(500, 0, 500, 500)
+
+    def activations(native):
+        monkeypatch.setattr(fit, "has_bfloat16", lambda: native)
+        return [fit.peak_memory(job(sizes, [row], weight=c, compute=c))["activations"] for c in (2, 4, 8)]
+
+    with_it, without = activations(True), activations(False)
+    assert without[0] > with_it[0]
+    assert without[1:] == with_it[1:]
+
+
 def test_an_unpaired_row_is_one_branch():
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [5, 6, 7], "rejected_ids": []}]
     rows.append({"prompt_ids": [1, 2], "chosen_ids": [], "rejected_ids": [5, 6, 7]})
