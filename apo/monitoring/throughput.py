@@ -31,9 +31,9 @@ class Meter:
         self._paused = 0.0
 
     def start(self) -> None:
-        """Start the clock. Later calls change nothing."""
+        """Start the clock. Later calls change nothing. Earlier pauses, as of a first evaluation, do not count."""
         if self._since is None:
-            self._since = time.perf_counter()
+            self._since, self._paused = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -123,11 +123,13 @@ def test_the_clock_stands_still_in_a_pause(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
     meter = Meter(SimpleNamespace(num_processes=1), ComputeScale(1, 0, 0, 0, False, peak=10.0))
+    with meter.pause():  # an evaluation before the first step
+        now = 50.0
     meter.start()
-    now = 5.0
+    now = 55.0
     with meter.pause():
-        now = 105.0
-    now = 106.0
+        now = 155.0
+    now = 156.0
     rows = torch.zeros(12, len(COLUMNS))
     rows[:, COLUMNS.index("tokens")], rows[:, COLUMNS.index("useful")] = 10, 5
     rates = meter.speed(rows)
