@@ -14,8 +14,13 @@ from apo.training.train import train
 from tests.apo.conftest import make_pairs, write_jsonl
 
 
+MAX_TOKENS = 24
+"""The random model never ends its answers."""
+
+
 @pytest.fixture
-def recipe(tmp_path, model_dir):
+def recipe(tmp_path, model_dir, monkeypatch):
+    monkeypatch.setattr("apo.monitoring.sample_answers.MAX_TOKENS", MAX_TOKENS)
     trainer = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2,
                "save_strategy": "steps", "save_steps": 8}  # fmt: skip
     dataset = str(write_jsonl(tmp_path / "pairs.jsonl", make_pairs(24)))
@@ -51,7 +56,7 @@ def test_answers_are_those_of_greedy_generation_by_the_saved_model(recipe):
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        output = model.generate(**ids, do_sample=False, max_new_tokens=128, pad_token_id=tokenizer.pad_token_id)
+        output = model.generate(**ids, do_sample=False, max_new_tokens=MAX_TOKENS, pad_token_id=tokenizer.pad_token_id)
         answer = output[0, ids["input_ids"].shape[1] :]
         answers.add(tokenizer.decode(answer, skip_special_tokens=True))
     last = [row["answer"] for row in samples(recipe["out"]) if row["step"] == 20]
