@@ -190,9 +190,9 @@ def test_the_picture_has_the_curves_and_the_regimes():
     assert picture.regime_estimates(measured)["weak", "sft"].hi < 0
 
 
-def test_the_picture_shows_the_rates_that_have_run_in_all_worlds():
+def test_the_picture_shows_the_rates_that_have_run_in_all_tuning_worlds():
     measured = all_results(FULL)
-    missing = FULL.run(measured.tested("D1")[3], "clair", "dpo", FULL.shared_rates[1]).key
+    missing = FULL.run(measured.tuning[1], "clair", "dpo", FULL.shared_rates[1]).key
     rows = {key: row for key, row in measured.rows.items() if key != missing}
     curves = picture.d1_curves(replace(measured, rows=rows))
     assert curves["dpo"][0] == [FULL.shared_rates[0], FULL.shared_rates[2]]

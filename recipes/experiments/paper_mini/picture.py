@@ -30,8 +30,8 @@ def d0_curves(measured: DesignResults) -> dict[str, Curve]:
 
 
 def d1_curves(measured: DesignResults) -> dict[str, Curve]:
-    """Return D1's gains at the last checkpoint, by objective, at the rates that have run in all worlds."""
-    design, worlds, curves = measured.design, measured.tested("D1"), {}
+    """Return D1's gains at the last checkpoint by objective, at the rates that have run in all tuning worlds."""
+    design, worlds, curves = measured.design, measured.tuning, {}
     for objective in OBJECTIVES:
         keys = {rate: [design.run(w, "clair", objective, rate).key for w in worlds] for rate in design.shared_rates}
         rates = [rate for rate, row in keys.items() if worlds and all(key in measured.rows for key in row)]
@@ -53,15 +53,17 @@ def regime_estimates(measured: DesignResults) -> dict[tuple[str, str], Estimate]
 
 
 def draw(measured: DesignResults, path: Path) -> None:
-    """Plot D0, D1 and D2 side by side on one scale. The panel of a design without runs says "not tested"."""
+    """Plot D0, D1 and, on its own scale, D2. The panel of a design without runs says "not tested"."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.5, 3.9), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3, sharey=True)
+    left, middle, right = figure.subplots(1, 3)
+    middle.sharey(left)
+    middle.tick_params(labelleft=False)
     _draw_curves(left, d0_curves(measured), f"Quickstart's model, {measured.design.short} epochs (D0)")
-    _draw_curves(middle, d1_curves(measured), f"Wrong by regions, {measured.design.epochs} epochs (D1)")
+    _draw_curves(middle, d1_curves(measured), f"Wrong by regions, {measured.design.epochs} epochs (D1, tuning)")
     _draw_regimes(right, regime_estimates(measured))
     for axes in (left, middle, right):
         _dress(axes)

@@ -13,7 +13,6 @@ from apo.training.config import TrainConfig
 from apo.training.train import train
 from tests.apo.conftest import make_pairs, write_jsonl
 
-
 MAX_TOKENS = 24
 """The random model never ends its answers."""
 
