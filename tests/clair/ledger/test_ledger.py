@@ -545,8 +545,10 @@ def test_a_write_that_fails_after_its_caller_was_cancelled_prints_nothing(tmp_pa
         caller.cancel()
         await asyncio.wait({caller})
         cancelled.set()
+        # In the same transaction, in the next one, which succeeds, or refused: in any case `fail` has ended.
+        await asyncio.gather(ledger.write(lambda connection: None), return_exceptions=True)
         with pytest.raises(LedgerError):
-            await ledger.write(lambda connection: None)  # the same transaction, or refused after it
+            await ledger.write(lambda connection: None)
 
     def run() -> None:
         with Ledger(tmp_path / "l.sqlite") as ledger:
