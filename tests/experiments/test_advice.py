@@ -10,6 +10,8 @@ from recipes.experiments.advice.measure import (
     TARGETS,
     VERSION,
     TruthRun,
+    missing_parts,
+    of_last_draws,
     sets_of_target,
     truth_runs,
 )
@@ -39,8 +41,8 @@ def lines(choice: dict, right: dict[str, tuple[int, int]], base: int = 6) -> lis
         option = next(option for option, rate in RATES.items() if rate == run.learning_rate)
         count = right.get(option, (base, base))[run.order]
         checkpoints = [{"epoch": 0, "right": digits(base / 15)}, {"epoch": 6, "right": digits(count / 15)}]
-        line = {"kind": "run", "version": VERSION, "key": run.key, "order": run.order, "checkpoints": checkpoints}
-        result.append(line)
+        line = {"kind": "run", "version": VERSION, "key": run.key, "world": run.world, "order": run.order}
+        result.append({**line, "checkpoints": checkpoints})
     return result
 
 
@@ -97,6 +99,17 @@ def test_a_set_whose_runs_are_not_all_there_does_not_count():
     assert len(measured_sets(TWO[:-1])) == 1
     with pytest.raises(UserError, match="1 whole target"):
         page(measured_sets(TWO[:-1]))
+
+
+def test_a_world_that_comes_out_differently_is_measured_again():
+    def world(nats: float) -> dict:
+        return {"kind": "world", "name": "regions-200", "nats": nats, "sets": {}}
+
+    same, other = [world(-0.8), *TWO, world(-0.8)], [world(-0.8), *TWO, world(-0.9)]
+    assert [item.target for item in measured_sets(same)] == ["regions-200", "regions-201"]
+    assert missing_parts("regions-200", of_last_draws(same)) == (["weak"], [])
+    assert [item.target for item in measured_sets(other)] == ["regions-201"]
+    assert missing_parts("regions-200", of_last_draws(other)) == (["clair", "weak"], [])
 
 
 def test_the_page_names_what_is_not_shown_and_the_worst_case():

@@ -16,11 +16,17 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.statistics import clustered_mean, holm, paired_difference
-from recipes.experiments.advice.measure import COMMITTED, DISPLACEMENTS, VERSION, pilots_of, truth_runs
+from recipes.experiments.advice.measure import (
+    COMMITTED,
+    DISPLACEMENTS,
+    of_last_draws,
+    pilots_of,
+    truth_of,
+    truth_runs,
+)
 from recipes.experiments.paper_mini import results
 from recipes.experiments.paper_mini.design import OBJECTIVES, accuracy
 from recipes.experiments.paper_mini.rows import markdown, points, with_interval
-from recipes.experiments.paper_mini.run import rows_of
 from recipes.world.running import ROOT, ending_in_one_line
 
 NONE = "none"
@@ -48,8 +54,8 @@ Policy = Callable[[MeasuredSet], str]
 
 def measured_sets(lines: Sequence[Mapping[str, Any]]) -> list[MeasuredSet]:
     """The sets whose pilot and whose runs are all there."""
-    rows = rows_of([line for line in lines if line.get("order") is not None], VERSION)
-    sets = []
+    lines = of_last_draws(lines)
+    rows, sets = truth_of(lines), []
     for pilot in pilots_of(lines).values():
         runs = truth_runs(pilot)
         if any(run.key not in rows for run in runs):

@@ -243,12 +243,8 @@ def _state(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) -
 
 def collect(run: Path, committed: Path) -> int:
     """Add the new lines of a run folder to the committed file. Returns their number."""
-
-    def identity(line: Mapping[str, Any]) -> tuple[str, str]:
-        return line["kind"], line.get("key", line.get("name"))
-
-    identities = {identity(line) for line in results.read(committed)}
-    new = [line for line in results.read(run / "results.jsonl") if identity(line) not in identities]
+    known = results.read(committed)
+    new = [line for line in results.read(run / "results.jsonl") if line not in known]
     for line in new:
         results.append(committed, line)
     return len(new)
