@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from clair.core.errors import UserError
+from clair.core.statistics import Estimate
+from recipes.experiments.advice import table
 from recipes.experiments.advice.measure import (
     ORDERS,
     TARGETS,
@@ -15,7 +17,7 @@ from recipes.experiments.advice.measure import (
     sets_of_target,
     truth_runs,
 )
-from recipes.experiments.advice.table import measured_sets, page, policies, registered_tests
+from recipes.experiments.advice.table import measured_sets, page, policies, power, registered_tests
 from recipes.experiments.paper_mini.design import FULL, OBJECTIVES
 from recipes.experiments.paper_mini.worlds import QUESTIONS_PER_TEMPLATE, TEMPLATES
 
@@ -25,8 +27,9 @@ QUESTIONS = len(TEMPLATES) * QUESTIONS_PER_TEMPLATE
 
 
 def pilot(world: str, pairs: str, choice: str, sure: str = "high", rule: str = "apo_zero") -> dict:
+    pilots = [{"name": name, "stopped": "step 9" if name == "apo_zero-0.1" else None} for name in RATES]
     return {"kind": "pilot", "version": VERSION, "world": world, "pairs": pairs, "choice": choice, "sure": sure,
-            "rule": rule, "rates": RATES, "cost": {"share": 5.0}}  # fmt: skip
+            "rule": rule, "rates": RATES, "cost": {"share": 5.0}, "pilots": pilots}  # fmt: skip
 
 
 def digits(share: float) -> str:
@@ -118,4 +121,23 @@ def test_the_page_names_what_is_not_shown_and_the_worst_case():
     assert "| always sft | -6.7 [" in text
     assert "not shown" in text
     assert "| regions-200 clair | dpo-0.03 (fair) | 40.0 |" in text
+    # the stopped option is as good as the base in one set, 3/15 worse in the other
+    assert "The guard stopped 2 of 16 pilots, whose options gain -10.0 points on average; 0 are the best" in text
     assert "Pilots cost 5.0 full runs on average, 5.0 at most." in text
+
+
+@pytest.mark.parametrize(("deviation", "alpha_index"), [(9.4, 0), (7.5, 1)])
+def test_power_is_that_of_the_design(deviation, alpha_index):
+    # 13 targets detect 8 points with 80 % power: at 5 % with deviation 9.4, at Holm's first step with 7.5
+    estimate = Estimate(-0.08, deviation / 100 / 13**0.5, -0.1, 0, 26, 13, 12)
+    assert float(power(estimate).split(" and ")[alpha_index]) == pytest.approx(8, abs=0.1)
+
+
+def test_the_tables_replace_those_of_the_guide(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "PAGE", tmp_path / "advice.md")
+    monkeypatch.setattr(table, "PICTURE", tmp_path / "images/regret.png")
+    table.PAGE.write_text("# Advice\n\nWords.\n\n<!-- regrets -->\nold\n")
+    sets = measured_sets(TWO)
+    table.write(sets)
+    assert table.PAGE.read_text() == f"# Advice\n\nWords.\n\n<!-- regrets -->\n{page(sets)}"
+    assert table.PICTURE.read_bytes().startswith(b"\x89PNG")
