@@ -169,16 +169,16 @@ def of_last_draws(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     One seed gives another target on a processor with other instructions. Such a world has a second line, and the pilots
     and runs before it belong to another target.
     """
-    kept: list[Mapping[str, Any]] = []
+    current: list[Mapping[str, Any]] = []
     draws: dict[str, Any] = {}
     for line in lines:
         if line["kind"] == "world":
             name, draw = line["name"], (line["nats"], line["sets"])
             if draws.setdefault(name, draw) != draw:
-                kept = [other for other in kept if name not in (other.get("world"), other.get("name"))]
+                current = [earlier for earlier in current if name not in (earlier.get("world"), earlier.get("name"))]
             draws[name] = draw
-        kept.append(line)
-    return kept
+        current.append(line)
+    return current
 
 
 def missing_parts(world: str, lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[TruthRun]]:
@@ -205,7 +205,7 @@ def measure(targets: Sequence[str], folder: Path, workers: int, log: Callable[[s
         targets = [world for world in targets if any(missing_parts(world, lines))]
         for world, measured in completed(pool, make_world, {world: (world, folder) for world in targets}):
             line = {"kind": "world", "name": world, **measured}
-            if not any(line.items() <= other.items() for other in lines):
+            if not any(line.items() <= recorded.items() for recorded in lines):
                 record(line)
             state = "all gates met" if all(measured["gates"].values()) else "a gate is not met; it is left out"
             log(f"world {world}: {state}")

@@ -243,8 +243,8 @@ def _state(name: Name, design: Design, passed: Mapping[str, bool], rows: Rows) -
 
 def collect(run: Path, committed: Path) -> int:
     """Add the new lines of a run folder to the committed file. Returns their number."""
-    known = results.read(committed)
-    new = [line for line in results.read(run / "results.jsonl") if line not in known]
+    committed_lines = results.read(committed)
+    new = [line for line in results.read(run / "results.jsonl") if line not in committed_lines]
     for line in new:
         results.append(committed, line)
     return len(new)
