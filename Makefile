@@ -77,7 +77,8 @@ real-model: $(REAL)
 	@$(BIN)/python -m recipes.experiments.real_model.model
 
 real: real-model
-	@$(BIN)/python -m recipes.experiments.real_model.run $(if $(SMALL),--small) $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)')
+	@$(BIN)/python -m recipes.experiments.real_model.run $(if $(SMALL),--small) $(if $(CELLS),--cells $(CELLS)) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)')
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal --durations 20

@@ -1,6 +1,6 @@
 """Run the experiment with the commands that a user types: pairs, training, IFEval before and after, comparison.
 
-    python -m recipes.experiments.real_model.run [--small] [--primary] [--out FOLDER]     # `make real` runs this
+    python -m recipes.experiments.real_model.run [--small] [--cells NAME ...] [--seed N] [--out FOLDER]    # `make real`
 
 It needs the model's folder (`make real-model`) and the data folder (instructions/, ifeval/, mixeval/; --data, or `data`
 in CLAIR_SHARED, default ../shared). FOLDER lies outside the repository: by default real-model in the cache folder.
@@ -13,7 +13,7 @@ in CLAIR_SHARED, default ../shared). FOLDER lies outside the repository: by defa
     evals/          IFEval and MixEval-Hard of the base and of each cell's choice; compare.json of all of them
     steps.jsonl     each finished step: command, seconds, peak memory
 
-The primary cell comes first. A finished step does not run again; an interrupted step resumes.
+The primary cell comes first (cells.py). A finished step does not run again; an interrupted step resumes.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Step:
 class Experiment:
     """The experiment in a folder, described in this module's docstring."""
 
-    def __init__(self, out: Path, model: Path, data: Path, size: Size) -> None:
-        self.out, self.model, self.data, self.size = out, model, data, size
+    def __init__(self, out: Path, model: Path, data: Path, size: Size, seed: int = 0) -> None:
+        self.out, self.model, self.data, self.size, self.seed = out, model, data, size, seed
         self.prompts = PromptFiles(out / "prompts")
         self.log = out / "steps.jsonl"
 
@@ -133,7 +133,7 @@ class Experiment:
         settings = {
             "prompts.path": str(self.prompts.of("train")), "prompts.not_in": str(self.ifeval),
             "target.path": str(self.model), f"{role}.id": program_id(), "ledger": str(self.out / "ledger.sqlite"),
-            "out": str(self.out / "pairs" / name),
+            "seed": self.seed, "out": str(self.out / "pairs" / name),
         }  # fmt: skip
         self.run(Step(f"pairs {name}", ["clair", "build"], f"{name}.yaml", settings, role))
 
@@ -146,8 +146,8 @@ class Experiment:
         out = self.out / "runs" / cell.name / f"{rate:g}"
         settings = {
             "model": str(self.model), "dataset": str(self.out / "pairs" / cell.pairs), "objective": cell.objective,
-            "trainer.learning_rate": rate, "trainer.num_train_epochs": self.size.epochs, **cell.settings,
-            "out": str(out),
+            "trainer.learning_rate": rate, "trainer.num_train_epochs": self.size.epochs, "seed": self.seed,
+            **cell.settings, "out": str(out),
         }  # fmt: skip
         self.run(Step(f"train {cell.name} {rate:g}", ["apo", "train"], "train.yaml", settings))
         return out
@@ -206,23 +206,17 @@ class Experiment:
                     raise SystemExit(code)
 
     def whole(self, cells: Sequence[Cell]) -> None:
-        """Run every step, the primary cell first."""
+        """Run every step of these cells, in their order, and compare after each cell."""
         self.make_prompts()
-        self.build("clair")
-        self.validate(BASE, self.model)
-        chosen = {PRIMARY.name: self.choose(PRIMARY)}
-        self.prove(BASE, self.model)
-        self.prove(PRIMARY.name, chosen[PRIMARY.name])
-        self.compare([PRIMARY])
-        self.guard(BASE, self.model)
-        self.guard(PRIMARY.name, chosen[PRIMARY.name])
         for cell in cells:
-            if cell != PRIMARY:
-                self.build(cell.pairs)
-                model = self.choose(cell)
-                self.prove(cell.name, model)
-                self.guard(cell.name, model)
-        self.compare(cells)
+            self.build(cell.pairs)
+            self.validate(BASE, self.model)
+            chosen = self.choose(cell)
+            for name, model in ((BASE, self.model), (cell.name, chosen)):
+                self.prove(name, model)
+            for name, model in ((BASE, self.model), (cell.name, chosen)):
+                self.guard(name, model)
+            self.compare(cells)
 
 
 def epoch_checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -248,21 +242,24 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="a small version, 5 minutes: few prompts, one rate, one cell"
     )
-    parser.add_argument("--primary", action="store_true", help="the primary cell alone")
+    names = [cell.name for cell in CELLS]
+    parser.add_argument("--cells", nargs="+", choices=names, metavar="NAME", help=f"only these of {', '.join(names)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples, the split and the order of the pairs")
     parser.add_argument("--model", type=Path, default=default_folder())
     parser.add_argument("--data", type=Path, default=shared / "data")
     parser.add_argument("--out", type=Path, help="a folder outside the repository")
     args = parser.parse_args()
-    out = (args.out or cache_root() / ("real-model-small" if args.small else "real-model")).resolve()
+    folder = f"real-model{'-small' if args.small else ''}{f'-{args.seed}' if args.seed else ''}"
+    out = (args.out or cache_root() / folder).resolve()
     model, data = args.model.resolve(), args.data.resolve()
     os.chdir(ROOT)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
-    cells = (PRIMARY,) if args.primary or args.small else CELLS
+    cells = [cell for cell in CELLS if cell.name in (args.cells or ([PRIMARY.name] if args.small else names))]
     with ending_in_one_line("real", again="run the same command to continue"):
         check_inputs(model, data)
         out.mkdir(parents=True, exist_ok=True)
         with lock_output(out):
-            Experiment(out, model, data, SMALL if args.small else WHOLE).whole(cells)
+            Experiment(out, model, data, SMALL if args.small else WHOLE, args.seed).whole(cells)
 
 
 if __name__ == "__main__":
