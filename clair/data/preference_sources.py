@@ -28,7 +28,7 @@ from clair.data.preferences import (
     encoded_features,
     read_dataset,
 )
-from clair.data.row_files import KINDS, file_rows, is_saved, kind_of, load_split
+from clair.data.row_files import KINDS, TABLES, file_rows, is_saved, kind_of, load_split
 from clair.data.row_formats import CONSUMED_COLUMNS
 from clair.storage.location import Location
 
@@ -244,11 +244,7 @@ def _rows(files: Sequence[str], path: str, location: str, columns: Mapping[str, 
                 )
             for name in row:
                 require_utf8(str(name), f"{row_location}: the name of a column")
-            if kind in (".csv", ".tsv"):
-                if None in row:
-                    raise UserError(
-                        f"{row_location} has more cells than the header; put texts with the separator in quotes"
-                    )
+            if kind in TABLES:
                 row = {name: value or None for name, value in row.items()}
             renamed = {name: row[column] for name, column in columns.items() if column in row}
             replaced = {*columns, *columns.values()}
@@ -262,7 +258,7 @@ def _scan_columns(
     files: Sequence[str], path: str, location: str, columns: Mapping[str, str]
 ) -> tuple[dict[str, pa.DataType | None], list[str]]:
     """The Arrow types of the copied columns, None if their values have no common type; and the names of all columns."""
-    as_text = all(kind_of(Path(file)) in (".csv", ".tsv") for file in files)
+    as_text = all(kind_of(Path(file)) in TABLES for file in files)
     types: dict[str, pa.DataType | None] = {}
     names: dict[str, None] = {}
     rows = (row for _, row in _rows(files, path, location, columns))

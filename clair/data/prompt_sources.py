@@ -22,7 +22,7 @@ from clair.core.recipe import Recipe
 from clair.data.deduplication import BenchmarkQuestions, NearDuplicates, repeated_keys
 from clair.data.prompt_rows import read_prompt
 from clair.data.records import LABELS, Prompt, task_text
-from clair.data.row_files import drop_nulls, file_rows, kind_of, load_split, number_rows
+from clair.data.row_files import TABLES, drop_nulls, file_rows, kind_of, load_split, number_rows
 from clair.storage.location import Location
 
 
@@ -158,18 +158,20 @@ def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Pro
     for key in source.columns:
         check_name("prompts.columns: unknown name", key, (*names, "stronger", "reference"))
     names |= source.columns
-    for location, row in islice(_rows(source), limit):
+    for location, row in islice(_rows(source, names["prompt"]), limit):
         yield read_prompt(row, names, location)
 
 
-def _rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
-    """(location, row) of every row."""
+def _rows(source: PromptSource, prompt_column: str) -> Iterator[tuple[str, Any]]:
+    """(location, row) of every row. An empty cell of a table is a null, but that of the prompt, which is required."""
     with source.path.local_copy() as path:
         if kind_of(path) is None and not path.is_file():
             yield from _dataset_rows(source, str(path))
             return
-        name = source.path.public
+        name, is_table = source.path.public, kind_of(path) in TABLES
         for location, row in file_rows(path, "prompt file"):
+            if is_table:
+                row = {column: cell or ("" if column == prompt_column else None) for column, cell in row.items()}
             yield location.replace(str(path), name, 1), row
 
 

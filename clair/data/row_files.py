@@ -16,6 +16,8 @@ from typing import Any
 from clair.core.errors import UserError, check_name, one_line
 from clair.core.files import content_hash
 
+TABLES = (".csv", ".tsv")
+"""The kinds of files whose cells are text; an empty cell is a null."""
 _CSV_PROBLEMS = {
     "unexpected end": "a quote opens a cell and none closes it",
     "expected after": "text follows a cell in quotes",
@@ -104,7 +106,13 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             header = rows.fieldnames or ()
             if twice := next((name for number, name in enumerate(header) if name and name in header[:number]), None):
                 raise UserError(f"{path}, line 1: two columns are called {twice!r}; rename one of them")
-            yield from number_rows(path, rows)
+            for location, row in number_rows(path, rows):
+                if None in row:
+                    raise UserError(
+                        f"{path}, line {rows.line_num} has more cells than the header; put texts with the separator in "
+                        f"quotes"
+                    )
+                yield location, row
         except csv.Error as error:
             problem = next((text for pattern, text in _CSV_PROBLEMS.items() if pattern in str(error)), error)
             raise UserError(

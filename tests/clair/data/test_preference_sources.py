@@ -170,7 +170,8 @@ BAD = {
     "half a pair in a tool": ("p.jsonl", json.dumps({**ROWS[0], "tools": [{"name": "a \ud83d"}]}),
                               "p.jsonl, row 0 (line 1): a tool or a key of a message holds half of a surrogate pair"),
     "an empty cell": ("p.csv", as_table(",") + "c,Name a fish.,,Boot.\n", "p.csv, row 2 (id c): 'chosen' is empty"),
-    "a cell too many": ("p.csv", as_table(",") + "c,Name, a fish.,Eel.,Boot.\n", "row 2 has more cells than"),
+    "a cell too many": ("p.csv", as_table(",") + "c,Name, a fish.,Eel.,Boot.\n",
+                         "p.csv, line 4 has more cells than the header; put texts with the separator in quotes"),
     "no column": (
         "p.jsonl", '{"ask": "a", "chosen": "b"}\n',
         "has no column 'rejected'; found: ask, chosen; needed: prompt, chosen, rejected; say by `columns` what",

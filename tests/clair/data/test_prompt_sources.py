@@ -126,6 +126,15 @@ def test_scores_that_are_all_missing_are_none(tmp_path):
     assert [p.scores for p in prompts(write(tmp_path / "p.jsonl", rows))] == [(), (), ()]
 
 
+def test_an_empty_cell_of_a_table_is_a_null(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,user,scores,answer,id,tools,key\na,,,,,,\nb,eve,,c,7,,k\n")
+    first, second = prompts(path, columns={"reference": "key"})
+    assert (first.labels, first.scores, first.answer, first.reference) == ({}, (), None, None)
+    assert first.id == content_id(first.messages, None)
+    assert (second.labels, second.answer, second.reference) == ({"user": "eve"}, "c", "k")
+
+
 def test_the_bom_of_a_windows_editor_is_no_part_of_a_file(tmp_path):
     for name in ("p.jsonl", "p.json", "p.csv"):
         path = write(tmp_path / name, ROWS)
@@ -248,6 +257,13 @@ def test_one_id_for_two_different_prompts_is_refused(tmp_path):
         ("p.csv", b"prompt\n", "has no rows"),
         ("p.csv", b"text\nhello\n", "row 1: no column 'prompt'; columns found: text"),
         ("p.csv", b"prompt,id\na,1\n,2\n", "row 2: the prompt is empty"),
+        ("p.csv", b"id,prompt\n1,a\n2\n", "row 2: the prompt is empty"),
+        (
+            "p.csv",
+            b'prompt,id\n"a\nb",1\nWhy, then?,2\n',
+            "p.csv, line 4 has more cells than the header; put texts with",
+        ),
+        ("p.tsv", b"prompt\na\nb\tc\n", "p.tsv, line 3 has more cells than the header; put texts with"),
         ("p.parquet", b"no parquet", "not Parquet"),
         ("p.txt", b"hello", "is of no kind that is read: .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
         ("p.xlsx", b"hello", "is of no kind that is read"),
