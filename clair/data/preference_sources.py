@@ -28,7 +28,7 @@ from clair.data.preferences import (
     encoded_features,
     read_dataset,
 )
-from clair.data.row_files import KINDS, TABLES, file_rows, is_saved, kind_of, load_split
+from clair.data.row_files import KINDS, TABLES, check_columns_exist, file_rows, is_saved, kind_of, load_split
 from clair.data.row_formats import CONSUMED_COLUMNS
 from clair.storage.location import Location
 
@@ -187,15 +187,10 @@ def _pair_of(row: Mapping[str, Any], row_location: str) -> dict[str, Any]:
 
 
 def _rename_columns(dataset: Dataset, columns: Mapping[str, str], location: str) -> Dataset:
-    _check_columns_exist(columns, dataset.column_names, location)
+    check_columns_exist(columns, dataset.column_names, location, "columns")
     columns = {name: column for name, column in columns.items() if name != column}
     replaced = [name for name in columns if name in dataset.column_names and name not in columns.values()]
     return dataset.remove_columns(replaced).rename_columns({column: name for name, column in columns.items()})
-
-
-def _check_columns_exist(columns: Mapping[str, str], existing: Sequence[str], location: str) -> None:
-    for name, column in columns.items():
-        check_name(f"columns.{name}: {location} has no column", column, existing, "found")
 
 
 # ---- JSON and CSV files
@@ -209,7 +204,7 @@ def _read_files(
     names = tuple(map(str, files))
     types, existing = _scan_columns(names, path, location, columns)
     if any(name not in existing for name in columns):
-        _check_columns_exist(columns, _scan_columns(names, path, location, {})[1], location)
+        check_columns_exist(columns, _scan_columns(names, path, location, {})[1], location, "columns")
     check_columns(existing, location, pairs=pairs, change=_RENAME_ADVICE)
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     encoded = Dataset.from_generator(

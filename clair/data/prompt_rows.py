@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from clair.core.errors import UserError
+from clair.core.errors import UserError, near_miss
 from clair.data.records import LABELS, Message, Messages, Prompt, Tools, replace_surrogates
 from clair.data.row_formats import ROLES
 
@@ -20,24 +20,22 @@ _SCORE_KEYS = ("score", "overall_score", "rating")
 
 
 def read_prompt(row: Any, names: Mapping[str, str], location: str) -> Prompt:
-    """The prompt in a row. `names` maps our name of each column to that of the source."""
+    """The prompt in a row. `names` maps our name of each column that is read to that of the source."""
     if not isinstance(row, Mapping):
         raise UserError(f"{location}: {type(row).__name__}, not an object with a {names['prompt']!r} field")
     if names["prompt"] not in row:
         raise UserError(
-            f"{location}: no column {names['prompt']!r}; columns found: {', '.join(map(str, row)) or 'none'}; name "
-            f"yours under prompts.columns"
+            f"{location}: no column {names['prompt']!r}{near_miss(names['prompt'], row)}; columns found: "
+            f"{', '.join(map(str, row)) or 'none'}; name yours under prompts.columns"
         )
-    messages = _messages(row[names["prompt"]], location)
-    answer = _answer(row.get(names["answer"]), location)
-    answers, scores = _answers(row, names, location)
-    stronger = _answer(row.get(names["stronger"]), location) if "stronger" in names else None
-    reference = _replace_all_surrogates(row.get(names["reference"])) if "reference" in names else None
-    tools = _tools(row.get(names["tools"]), names["tools"], location)
-    labels = {
-        name: _label(row[names[name]], names[name], location) for name in LABELS if row.get(names[name]) is not None
-    }
-    id = row.get(names["id"])
+    cells = {name: row.get(column) for name, column in names.items()}
+    messages = _messages(cells["prompt"], location)
+    answer, stronger = _answer(cells.get("answer"), location), _answer(cells.get("stronger"), location)
+    answers, scores = _answers(cells, location)
+    reference = _replace_all_surrogates(cells.get("reference"))
+    tools = _tools(cells.get("tools"), names.get("tools", ""), location)
+    labels = {name: _label(cells[name], names[name], location) for name in LABELS if cells.get(name) is not None}
+    id = cells.get("id")
     id = "" if id is None else replace_surrogates(str(id))
     return Prompt(id, messages, answer, answers, scores, labels, tools, stronger, reference)
 
@@ -59,8 +57,8 @@ def _tools(value: Any, column: str, location: str) -> Tools:
 def _label(value: Any, column: str, location: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise UserError(
-            f"{location}: {column} is {value!r}, not text or a whole number; name another column (or none that is "
-            f"there) under prompts.columns"
+            f"{location}: {column} is {value!r}, not text or a whole number; name another column, or null, under "
+            f"prompts.columns"
         )
     return replace_surrogates(str(value))
 
@@ -125,15 +123,13 @@ def _answer(value: Any, location: str) -> str | None:
     raise UserError(f"{location}: the answer is {type(value).__name__}, not text")
 
 
-def _answers(
-    row: Mapping[str, Any], names: Mapping[str, str], location: str
-) -> tuple[tuple[str, ...], tuple[float, ...]]:
+def _answers(cells: Mapping[str, Any], location: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """Several ready answers and their scores: two lists, or UltraFeedback's `completions` (response, overall_score).
 
     A missing score (null, NaN, infinite) becomes NaN. If all scores are missing, there are none.
     """
-    entries = row.get(names["answers"]) or row.get("completions") or []
-    scores = row.get(names["scores"])
+    entries = cells.get("answers") or cells.get("completions") or []
+    scores = cells.get("scores")
     if not isinstance(entries, list | tuple) or (scores is not None and not isinstance(scores, list | tuple)):
         raise UserError(f"{location}: answers and scores must be lists, one score an answer")
     if entries and isinstance(entries[0], Mapping):

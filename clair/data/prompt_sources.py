@@ -22,8 +22,11 @@ from clair.core.recipe import Recipe
 from clair.data.deduplication import BenchmarkQuestions, NearDuplicates, repeated_keys
 from clair.data.prompt_rows import read_prompt
 from clair.data.records import LABELS, Prompt, task_text
-from clair.data.row_files import TABLES, drop_nulls, file_rows, kind_of, load_split, number_rows
+from clair.data.row_files import TABLES, check_columns_exist, drop_nulls, file_rows, kind_of, load_split, number_rows
 from clair.storage.location import Location
+
+_COLUMNS = ("prompt", "answer", "id", "answers", "scores", "tools", *LABELS)
+"""The columns that are read unless the recipe says otherwise."""
 
 
 class PromptSource(Recipe):
@@ -34,10 +37,11 @@ class PromptSource(Recipe):
     at a URL that fsspec reads (s3://...), a folder `datasets.load_dataset` reads, or a dataset name on the hub."""
     split: str = "train"
     """The split, if `path` is a folder or a name."""
-    columns: Mapping[str, str] = {}
+    columns: Mapping[str, str | None] = {}
     """The source's names of columns, if they are not prompt, answer, id, answers, scores, tools, user, group, behaviour
     and source: {prompt: instruction}. `stronger`, a stronger model's answers, and `reference`, what a checker compares
-    with, are read only if they are named here."""
+    with, are read only if they are named here. A column named here is not read under its own name too; null leaves one
+    unread."""
     near_duplicates: float | None = Field(default=None, gt=0, le=1)
     """Leave out prompts that share at least this much of their 5-word runs with an earlier one. Off by default, because
     it compares words alone, and tasks made from a template differ in few."""
@@ -153,13 +157,33 @@ def _similarity_check(source: PromptSource) -> Callable[[Prompt], str | None]:
 
 
 def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Prompt]:
-    """The rows of the source as prompts, in order. Raises UserError with the number of a row that cannot be used."""
-    names = {name: name for name in ("prompt", "answer", "id", "answers", "scores", "tools", *LABELS)}
-    for key in source.columns:
-        check_name("prompts.columns: unknown name", key, (*names, "stronger", "reference"))
-    names |= source.columns
+    """The rows of the source as prompts, in order. Raises UserError with the number of a row that cannot be used.
+
+    Raises UserError at the end if none of the rows has a column that the recipe names.
+    """
+    names = _column_names(source)
+    named = {name: names[name] for name in source.columns if name in names}
+    missing, existing = set(named.values()), dict[str, None]()
     for location, row in islice(_rows(source, names["prompt"]), limit):
         yield read_prompt(row, names, location)
+        if missing:
+            existing |= dict.fromkeys(row)
+            missing -= existing.keys()
+    if missing and existing:
+        first_rows = f" (first {limit} rows)" if limit else ""
+        check_columns_exist(named, existing, source.path.public + first_rows, "prompts.columns")
+
+
+def _column_names(source: PromptSource) -> dict[str, str]:
+    """The source's name of each column that is read. A column that the recipe maps is read under that name only."""
+    for key in source.columns:
+        check_name("prompts.columns: unknown name", key, (*_COLUMNS, "stronger", "reference"))
+    mapped = set(source.columns.values())
+    defaults = _COLUMNS if "answers" in source.columns else (*_COLUMNS, "completions")
+    names = {name: name for name in defaults if name not in mapped} | dict(source.columns)
+    if names.get("prompt") is None:
+        raise UserError("prompts.columns leaves no column for the prompt; name it, such as {prompt: instruction}")
+    return {name: column for name, column in names.items() if column is not None}
 
 
 def _rows(source: PromptSource, prompt_column: str) -> Iterator[tuple[str, Any]]:

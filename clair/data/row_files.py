@@ -9,7 +9,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,12 @@ def _decode(line: bytes, location: str, encoding: str = "utf-8") -> str:
 def number_rows(path: str | Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """(location, row) of every row, counted from 1."""
     return ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def check_columns_exist(columns: Mapping[str, str], existing: Collection[str], location: str, key: str) -> None:
+    """Raise UserError unless each column that the recipe names under `key` is among the existing ones."""
+    for name, column in columns.items():
+        check_name(f"{key}.{name}: {location} has no column", column, existing, "found")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:

@@ -285,6 +285,40 @@ def test_a_wrong_name_under_columns_is_reported_with_the_near_miss(tmp_path):
     assert "unknown name 'promt' (did you mean 'prompt'?)" in refusal_of(path, columns={"promt": "prompt"})
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.parquet"])
+def test_a_column_under_columns_that_no_row_has_is_refused_with_the_near_miss(tmp_path, name):
+    path = write(tmp_path / name, [{"prompt": "a", "response": "x"}, {"prompt": "b", "response": "y"}])
+    problem = refusal_of(path, columns={"answer": "respnse"})
+    assert problem == (
+        f"prompts.columns.answer: {path} has no column 'respnse' (did you mean 'response'?); found: prompt, response"
+    )
+    assert "no column 'promt' (did you mean 'prompt'?); columns found" in refusal_of(path, columns={"prompt": "promt"})
+
+
+def test_a_column_under_columns_may_be_in_some_rows_only(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "response": "y"}])
+    source = PromptSource(path=str(path), columns={"answer": "response"})
+    assert [p.answer for p in read_prompts(source)] == [None, None, "y"]
+    with pytest.raises(UserError, match=r"p\.jsonl \(first 2 rows\) has no column 'response'; found: prompt"):
+        scan(source, 2)
+
+
+def test_a_column_that_the_recipe_maps_is_not_read_under_its_own_name_too(tmp_path):
+    gsm8k = write(tmp_path / "gsm8k.jsonl", [{"question": "6 * 7?", "answer": "#### 42", "id": "a"}])
+    (prompt,) = prompts(gsm8k, columns={"prompt": "question", "reference": "answer", "group": "id"})
+    assert (prompt.answer, prompt.reference, prompt.labels) == (None, "#### 42", {"group": "a"})
+    assert prompt.id == content_id(prompt.messages, None, reference="#### 42")
+    (prompt,) = prompts(gsm8k, columns={"prompt": "question", "reference": "answer", "answer": "answer"})
+    assert (prompt.answer, prompt.reference) == ("#### 42", "#### 42")
+    rows = [{"prompt": "a", "answer": "x", "stronger": "y", "completions": [{"response": "z"}]}]
+    swapped = write(tmp_path / "swapped.jsonl", rows)
+    columns = {"answer": "stronger", "stronger": "answer", "reference": "completions"}
+    (prompt,) = prompts(swapped, columns=columns)
+    assert (prompt.answer, prompt.stronger, prompt.reference) == ("y", "x", [{"response": "z"}])
+    for columns in ({"prompt": None}, {"reference": "prompt"}):
+        assert "prompts.columns leaves no column for the prompt" in refusal_of(swapped, columns=columns)
+
+
 def test_labels_are_read_and_change_what_is_known_of_the_source(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "a", "user": 7, "source": "hand"}])
     assert prompts(path)[0].labels == {"user": "7", "source": "hand"}
@@ -292,7 +326,8 @@ def test_labels_are_read_and_change_what_is_known_of_the_source(tmp_path):
     assert scan(PromptSource(path=str(path))).sha256 != scan(PromptSource(path=str(changed))).sha256
     odd = write(tmp_path / "r.jsonl", [{"prompt": "a", "source": {"name": "hand"}}])
     assert "source is {'name': 'hand'}, not text or a whole number" in refusal_of(odd)
-    assert prompts(odd, columns={"source": "origin"})[0].labels == {}
+    assert "name another column, or null, under prompts.columns" in refusal_of(odd)
+    assert prompts(odd, columns={"source": None})[0].labels == {}
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,13 @@ def test_wrong_prompts(workspace, server, name, content, match):
     refuse(workspace, server, "build", workspace.recipe(prompts={"path": str(path)}), "--update", match=match)
 
 
+def test_a_column_of_the_recipe_that_no_prompt_has(workspace, server):
+    write_prompts(path := workspace.path / "p.jsonl", [{"prompt": "a", "response": "b"}])
+    prompts = {"path": str(path), "columns": {"answer": "respnse"}}
+    recipe = workspace.recipe(prompts=prompts, target={"url": server.url, "model": "m"})
+    refuse(workspace, server, "build", recipe, "--update", match=r"no column 'respnse' \(did you mean 'response'\?\)")
+
+
 def test_duplicate_prompts_are_no_mistake_but_counted(workspace, server):
     rows = scripted_rows(["ok"] * 3)
     write_prompts(workspace.path / "prompts.jsonl", [*rows, {**rows[0], "id": "again"}])
