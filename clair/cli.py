@@ -67,6 +67,8 @@ def build(
         prompt_scan = check_recipe(shard_config(config, shard_id) if shard_id else config, shard_id)
     for warning in template_warnings(config):
         print_line(f"note: {warning}")
+    if count := prompt_scan.json_messages:
+        print_line(f"note: {count:,} of {prompt_scan.rows:,} prompts are messages as JSON text; read as messages")
     if dry_run:
         import yaml
 

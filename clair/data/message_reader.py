@@ -69,14 +69,11 @@ class MessageReader:
             if isinstance(value, str):  # JSON text of JSON text
                 inner = self._parse_text(value, column)
                 return text if isinstance(inner, str) else inner
-            if isinstance(value, list):
-                value = [parse_literal(turn) if isinstance(turn, str) else turn for turn in value]
             if value is None and _STARTS_LIKE_MESSAGES.match(text):
                 raise UserError(
                     f"{column!r} looks like messages, but is not JSON: {excerpt(text)}; write it by json.dumps"
                 )
-            turns = [value] if isinstance(value, Mapping) else value
-            if isinstance(turns, list) and turns and all(map(_is_message, turns)):
+            if turns := _turns([value] if isinstance(value, Mapping) else value):
                 return turns
         if turns := _parse_transcript(text, is_prompt=column == "prompt"):
             self.repairs.append("transcript")
@@ -210,9 +207,27 @@ def parse_literal(text: str) -> Any:
         return None
 
 
+def parse_messages(text: str) -> list[Any]:
+    """The messages in JSON text (or a Python literal) of a list of {role, content}; empty for any other text."""
+    is_candidate = text.lstrip().startswith("[") and _HAS_ROLE_KEY.search(text)
+    turns = _turns(parse_literal(text)) if is_candidate else []
+    return turns if all(map(_has_role_and_content, turns)) else []
+
+
+def _turns(value: Any) -> list[Any]:
+    """The messages in a parsed list, each of which may be JSON text; empty for any other value."""
+    items = value if isinstance(value, list) else []
+    turns = [parse_literal(item) if isinstance(item, str) else item for item in items]
+    return turns if all(map(_is_message, turns)) else []
+
+
+def _has_role_and_content(turn: Mapping[str, Any]) -> bool:
+    return "role" in turn and ("content" in turn or "tool_calls" in turn)
+
+
 def _is_message(turn: Any) -> bool:
     return isinstance(turn, Mapping) and (
-        ("role" in turn and ("content" in turn or "tool_calls" in turn))
+        _has_role_and_content(turn)
         or ("from" in turn and isinstance(turn.get("value"), str))
         or (
             isinstance(turn.get("text"), str)

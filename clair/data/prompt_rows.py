@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from clair.core.errors import UserError, near_miss
+from clair.data.message_reader import parse_messages
 from clair.data.records import LABELS, Message, Messages, Prompt, Tools, replace_surrogates
 from clair.data.row_formats import ROLES
 
@@ -29,7 +30,9 @@ def read_prompt(row: Any, names: Mapping[str, str], location: str) -> Prompt:
             f"{', '.join(map(str, row)) or 'none'}; name yours under prompts.columns"
         )
     cells = {name: row.get(column) for name, column in names.items()}
-    messages = _messages(cells["prompt"], location)
+    prompt = cells["prompt"]
+    turns = parse_messages(prompt) if isinstance(prompt, str) else []
+    messages = _messages(turns or prompt, location)
     answer, stronger = _answer(cells.get("answer"), location), _answer(cells.get("stronger"), location)
     answers, scores = _answers(cells, location)
     reference = _replace_all_surrogates(cells.get("reference"))
@@ -37,7 +40,7 @@ def read_prompt(row: Any, names: Mapping[str, str], location: str) -> Prompt:
     labels = {name: _label(cells[name], names[name], location) for name in LABELS if cells.get(name) is not None}
     id = cells.get("id")
     id = "" if id is None else replace_surrogates(str(id))
-    return Prompt(id, messages, answer, answers, scores, labels, tools, stronger, reference)
+    return Prompt(id, messages, answer, answers, scores, labels, tools, stronger, reference, bool(turns))
 
 
 def _tools(value: Any, column: str, location: str) -> Tools:

@@ -68,6 +68,8 @@ class Scan:
     sha256: str
     tools: bool = False
     """True if any row has tools, or turns with more than role and content."""
+    json_messages: int = 0
+    """Rows whose messages were JSON text."""
     repeated: bytes = field(default=b"", repr=False)
     """A bit per row, set if an earlier row is equal; empty if no row is."""
 
@@ -84,7 +86,7 @@ def scan(source: PromptSource, limit: int | None = None, holds: Callable[[str], 
     """
     import numpy as np
 
-    digest, similarity, held, tools = hashlib.sha256(), _similarity_check(source), 0, False
+    digest, similarity, held, tools, json_messages = hashlib.sha256(), _similarity_check(source), 0, False, 0
     # Keys are 8 bytes of each hash: the odds of a collision among 10^6 are 3 in 10^8.
     contents, ids, flags = array("Q"), array("Q"), bytearray()
     for prompt in read_prompts(source, limit):
@@ -92,6 +94,7 @@ def scan(source: PromptSource, limit: int | None = None, holds: Callable[[str], 
         digest.update(_digest_line(prompt, content))
         held += holds(prompt.id)
         tools |= not prompt.plain
+        json_messages += prompt.from_json
         is_unlike = similarity(prompt) is None
         has = (True, prompt.answer is not None, bool(prompt.answers), bool(prompt.scores), prompt.stronger is not None)
         flags.append(sum((is_unlike and flag) << bit for bit, flag in enumerate(has)))
@@ -109,7 +112,8 @@ def scan(source: PromptSource, limit: int | None = None, holds: Callable[[str], 
     first_flags = np.frombuffer(flags, np.uint8)[first_rows]
     unique, answered, compared, scored, preferred = (int((first_flags >> bit & 1).sum()) for bit in range(5))
     bits = np.packbits(repeated, bitorder="little").tobytes() if repeated.any() else b""
-    return Scan(len(flags), held, unique, answered, compared, scored, preferred, digest.hexdigest(), tools, bits)
+    counts = len(flags), held, unique, answered, compared, scored, preferred
+    return Scan(*counts, digest.hexdigest(), tools, json_messages, bits)
 
 
 def _digest_line(prompt: Prompt, content: str) -> bytes:

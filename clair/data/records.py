@@ -71,6 +71,8 @@ class Prompt:
     """A stronger model's ready answer."""
     reference: Any = None
     """What a checker compares answers with: any JSON value."""
+    from_json: bool = field(default=False, compare=False)
+    """True if the row held the messages as JSON text."""
 
     def __post_init__(self) -> None:
         if not self.id:

@@ -85,6 +85,43 @@ def test_a_conversation_keeps_its_system_prompt_and_its_earlier_turns(tmp_path, 
     assert prompt.id == content_id(tuple(messages), None)
 
 
+MESSAGES = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "Hello"}, USER]
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.parquet", "p.jsonl"])
+@pytest.mark.parametrize("as_text", [json.dumps, repr])
+def test_messages_as_json_text_are_read_as_messages(tmp_path, name, as_text):
+    path = write(tmp_path / name, [{"prompt": as_text(MESSAGES)}, {"prompt": "Hi"}])
+    messages = write(tmp_path / "messages.jsonl", [{"prompt": MESSAGES}, {"prompt": "Hi"}])
+    assert prompts(path) == prompts(messages)
+    assert [scan(PromptSource(path=str(file))).json_messages for file in (path, messages)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{json.dumps(MESSAGES)} Explain this.",
+        json.dumps(USER),
+        json.dumps([{"role": "user"}, USER]),
+        json.dumps([{"from": "human", "value": "Hi"}]),
+        json.dumps([{"name": "role", "content": "Hi"}]),
+        '[{"role": "user", "content": "Hi"',
+        "[]",
+        "\n\nHuman: Hi\n\nAssistant: Hello",
+    ],
+)
+def test_other_text_stays_the_text_of_one_user_turn(tmp_path, text):
+    (prompt,) = prompts(write(tmp_path / "p.csv", [{"prompt": text}]))
+    assert prompt.messages == ({"role": "user", "content": text},)
+
+
+def test_messages_as_json_text_that_cannot_be_sent_are_refused(tmp_path):
+    text = json.dumps([{"role": "robot", "content": "Hi"}])
+    assert "row 1: a message of the prompt is not {role, content}" in refusal_of(
+        write(tmp_path / "p.csv", [{"prompt": text}])
+    )
+
+
 def test_a_system_prompt_only_is_a_prompt(tmp_path):
     (prompt,) = prompts(write(tmp_path / "p.jsonl", [{"prompt": [{"role": "system", "content": "Say hi."}]}]))
     assert prompt.messages[0]["role"] == "system"

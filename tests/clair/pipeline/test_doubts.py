@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from clair.cluster.merge import merge
@@ -94,6 +96,14 @@ def test_the_system_message_may_name_the_part_too(tmp_path, server):
         "system": "Use {corrected_student_solution}.",
     }
     assert "note:" not in clair("build", write_recipe(tmp_path, server.url, reviser=reviser), "--dry-run").err
+
+
+def test_messages_as_json_text_are_noted_before_any_cost(tmp_path, server):
+    rows = [{"prompt": json.dumps([{"role": "user", "content": "Hi"}]), "answer": "a"}, {"prompt": "Hi", "answer": "b"}]
+    write_prompts(tmp_path / "prompts.jsonl", rows)
+    result = clair("build", write_recipe(tmp_path, server.url), "--dry-run")
+    assert "note: 1 of 2 prompts are messages as JSON text; read as messages" in result.err
+    assert server.requests() == []
 
 
 @pytest.mark.parametrize(("set_", "expected"), [(0.3, 0.8), (0.7, 1.0), (1.2, 1.2), (None, None)])
