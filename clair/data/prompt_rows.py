@@ -35,7 +35,7 @@ def read_prompt(row: Any, names: Mapping[str, str], location: str) -> Prompt:
     messages = _messages(turns or prompt, location)
     answer, stronger = _answer(cells.get("answer"), location), _answer(cells.get("stronger"), location)
     answers, scores = _answers(cells, location)
-    reference = _replace_all_surrogates(cells.get("reference"))
+    reference = _json_value(cells.get("reference"), f"{location}: {names.get('reference')}")
     tools = _tools(cells.get("tools"), names.get("tools", ""), location)
     labels = {name: _label(cells[name], names[name], location) for name in LABELS if cells.get(name) is not None}
     id = cells.get("id")
@@ -54,7 +54,7 @@ def _tools(value: Any, column: str, location: str) -> Tools:
         return ()
     if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
         raise UserError(f"{location}: {column} is {type(value).__name__}, not a list of tool definitions")
-    return tuple(_replace_all_surrogates(tool) for tool in value)
+    return tuple(_json_value(tool, f"{location}: {column}") for tool in value)
 
 
 def _label(value: Any, column: str, location: str) -> str:
@@ -102,8 +102,9 @@ def _message(turn: Any, location: str) -> Message:
             )
         if not isinstance(value, kind):
             raise UserError(f"{location}: {key} of a message is {type(value).__name__}, not {kind.__name__}")
+        extra[key] = _json_value(value, f"{location}: {key} of a message")
     text = content if content is None else replace_surrogates(content)
-    return cast("Message", {"role": role, "content": text, **_replace_all_surrogates(extra)})
+    return cast("Message", {"role": role, "content": text, **extra})
 
 
 def _join_text_items(content: Any) -> Any:
@@ -148,16 +149,25 @@ def _answers(cells: Mapping[str, Any], location: str) -> tuple[tuple[str, ...], 
         raise UserError(f"{location}: {len(entries)} answers but {len(scores)} scores; give one score an answer")
     try:
         numbers = [math.nan if score is None else float(score) for score in scores or ()]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{location}: a score is not a number ({error})") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{location}: a score is not a number ({error}); give numbers below 1e308, or null for a missing one"
+        ) from error
     finite = [number if math.isfinite(number) else math.nan for number in numbers]
     return tuple(map(replace_surrogates, entries)), () if all(map(math.isnan, finite)) else tuple(finite)
 
 
-def _replace_all_surrogates(value: Any) -> Any:
-    """A JSON value with `replace_surrogates` applied to each of its texts."""
+def _json_value(value: Any, location: str) -> Any:
+    """A JSON value with `replace_surrogates` applied to each of its texts. Raises UserError for any other value."""
     if isinstance(value, Mapping):
-        return {key: _replace_all_surrogates(inner) for key, inner in value.items()}
+        return {key: _json_value(inner, location) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_replace_all_surrogates(inner) for inner in value]
-    return replace_surrogates(value) if isinstance(value, str) else value
+        return [_json_value(inner, location) for inner in value]
+    if isinstance(value, str):
+        return replace_surrogates(value)
+    if value is not None and not isinstance(value, bool | int | float):
+        raise UserError(
+            f"{location} holds a {type(value).__name__}; allowed: text, numbers, true, false, null, lists and objects; "
+            f"store it as text"
+        )
+    return value

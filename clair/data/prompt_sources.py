@@ -207,10 +207,10 @@ def _dataset_rows(source: PromptSource, path: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = load_split(path, source.split)
         is_json = {name: "Json(" in str(feature) for name, feature in rows.features.items()}
+        values = ({name: value if is_json[name] else drop_nulls(value) for name, value in row.items()} for row in rows)
+        yield from number_rows(Path(source.path), values)
     except UserError:
         raise
-    except Exception as error:  # an unknown name or split, or no network: report the library's message
+    except Exception as error:  # an unknown name or split, no network, or text not in UTF-8: report its message
         problem = "" if Path(path).exists() else "no such file, and "
         raise UserError(f"prompts {source.path!r}: {problem}load_dataset says: {error_chain(error)}") from error
-    values = ({name: value if is_json[name] else drop_nulls(value) for name, value in row.items()} for row in rows)
-    yield from number_rows(Path(source.path), values)

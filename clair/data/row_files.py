@@ -56,7 +56,11 @@ def _decode(line: bytes, location: str, encoding: str = "utf-8") -> str:
     try:
         return line.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{location}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8") from error
+        raise _not_utf8(location, error) from error
+
+
+def _not_utf8(location: str, error: UnicodeDecodeError) -> UserError:
+    return UserError(f"{location}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8")
 
 
 def number_rows(path: str | Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -130,10 +134,17 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
 
+    number = 0
     try:
-        yield from number_rows(path, parquet_rows(path, 1000, keep_nulls=False))
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not Parquet ({one_line(error)})") from error
+        for number, row in enumerate(parquet_rows(path, 1000, keep_nulls=False), 1):
+            yield f"{path}, row {number}", row
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk, not of Arrow
+            raise
+        location = f"{path}, after row {number}" if number else path
+        raise UserError(
+            f"{location}: not Parquet ({one_line(error)}); write the file again, or copy it from where it came"
+        ) from error
 
 
 KINDS = {
@@ -155,12 +166,31 @@ def parquet_rows(path: Path, batch_size: int, *, keep_nulls: bool = True) -> Ite
 
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 14) as file:
         json_columns = [field.name for field in file.schema_arrow if is_json_list(field.type)]
+        first = 1
         for batch in file.iter_batches(batch_size=batch_size):
-            for row in batch.to_pylist():
+            for row in _batch_rows(batch, path, first):
                 row = row if keep_nulls else {name: drop_nulls(value) for name, value in row.items()}
                 yield row | {
                     name: [json.loads(text) for text in row[name]] for name in json_columns if row[name] is not None
                 }
+            first += len(batch)
+
+
+def _batch_rows(batch: Any, path: Path, first: int) -> list[dict[str, Any]]:
+    """The rows of an Arrow batch, numbered from `first`. Raises UserError for a cell that Python cannot hold."""
+    try:
+        return batch.to_pylist()
+    except (UnicodeDecodeError, OverflowError):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for number, cell in enumerate(column, first):
+                location = f"{path}, row {number}, column {name!r}"
+                try:
+                    cell.as_py()
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(location, error) from error
+                except OverflowError as error:
+                    raise UserError(f"{location}: {one_line(error)}; store the value as text") from error
+        raise
 
 
 def is_json_list(type: Any) -> bool:

@@ -14,6 +14,7 @@ from clair.core.urls import parse_endpoint, without_secrets
 from clair.inference.budget import Price
 
 _RESERVED_KEYS = ("model", "messages", "n", "stream")
+_TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
 
 
 class BatchConfig(Recipe):
@@ -75,6 +76,8 @@ class ModelConfig(Recipe):
             self._check_serve(self.serve)
         elif (self.url is None) == (self.path is None):
             raise ValueError("give either url and model (an endpoint) or path (a local model folder)")
+        if self.url == ():
+            raise ValueError("url is an empty list; give a base URL, or a list of at least one")
         if self.user is not None and not self.is_local:
             raise ValueError("user is for a local model (path) with a soft prompt, which no server knows; leave it out")
         for url in self.urls:
@@ -98,6 +101,11 @@ class ModelConfig(Recipe):
                 raise ValueError(
                     f"extra.{name} holds NaN, infinity or half a character, which no request can; change it"
                 ) from error
+        for name in _TOKEN_LIMITS:
+            value = self.extra.get(name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and value == int(value) >= 1):
+                raise ValueError(f"extra.{name} is {value!r}, not a whole number of at least 1 or null; change it")
         return self
 
     def _check_serve(self, command: str) -> None:

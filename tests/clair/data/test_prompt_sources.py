@@ -7,8 +7,11 @@ import gzip
 import json
 import math
 import random
+import re
 import subprocess
 import sys
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +22,7 @@ from datasets import Dataset
 from clair.core.errors import UserError
 from clair.data.prompt_sources import PromptSource, each_prompt, read_prompts, scan
 from clair.data.records import content_id
+from clair.data.row_files import file_rows
 
 USER = {"role": "user", "content": "Hi"}
 ROWS = [
@@ -276,6 +280,75 @@ def test_a_row_that_cannot_be_used_is_reported_with_its_line(tmp_path, line, rea
     path.write_text('{"prompt": "a"}\n\n' + line + "\n")
     assert reason in refusal_of(path)
     assert str(path) in refusal_of(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "type_name"), [(datetime(2026, 1, 1), "datetime"), (Decimal("1.5"), "Decimal"), (b"caf\xe9", "bytes")]
+)
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: {"a": [value]}])
+def test_a_parquet_value_that_json_has_not_is_refused_with_its_row_and_column(tmp_path, value, type_name, wrap):
+    path = write(tmp_path / "p.parquet", [{"prompt": "a", "key": None}, {"prompt": "b", "key": wrap(value)}])
+    assert refusal_of(path, columns={"reference": "key"}) == (
+        f"{path}, row 2: key holds a {type_name}; allowed: text, numbers, true, false, null, lists and objects; store "
+        f"it as text"
+    )
+
+
+def test_tools_and_turns_of_a_parquet_file_that_json_has_not_are_refused(tmp_path):
+    moment = datetime(2026, 1, 1)
+    tools = write(tmp_path / "tools.parquet", [{"prompt": "a", "tools": [{"name": "f", "made": moment}]}])
+    assert f"{tools}, row 1: tools holds a datetime; allowed: text" in refusal_of(tools)
+    turns = [{"role": "assistant", "content": "a", "tool_calls": [{"at": moment}]}, USER]
+    calls = write(tmp_path / "calls.parquet", [{"prompt": turns}])
+    assert f"{calls}, row 1: tool_calls of a message holds a datetime; allowed: text" in refusal_of(calls)
+
+
+def test_a_score_that_is_too_large_for_a_number_is_refused(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "answers": ["x", "y"], "scores": [10**400, 1]}])
+    assert refusal_of(path) == (
+        f"{path}, line 1: a score is not a number (int too large to convert to float); give numbers below 1e308, or "
+        f"null for a missing one"
+    )
+
+
+def latin_1(values: list[bytes]) -> pa.Array:
+    """Text of a Parquet file as a program writes it that does not check its encoding."""
+    return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+
+def test_parquet_text_that_is_not_utf_8_is_reported_with_its_row_and_column(tmp_path):
+    texts = latin_1([b"a"] * 1499 + [b"caf\xe9"])
+    for answer in (texts, pa.StructArray.from_arrays([texts], ["content"])):
+        pq.write_table(pa.table({"prompt": ["a"] * 1500, "answer": answer}), path := tmp_path / "p.parquet")
+        with pytest.raises(UserError) as error:
+            list(file_rows(path))
+        assert str(error.value) == (f"{path}, row 1500, column 'answer': not UTF-8 (byte 0xe9); save the file as UTF-8")
+
+
+def test_a_parquet_date_that_python_has_not_is_reported_with_its_row_and_column(tmp_path):
+    dates = pa.array([0, 2**62], pa.int64()).cast(pa.timestamp("us"))
+    pq.write_table(pa.table({"prompt": ["a", "b"], "made": dates}), path := tmp_path / "p.parquet")
+    assert f"{path}, row 2, column 'made': date value out of range; " in refusal_of(path)
+
+
+def test_a_folder_of_parquet_text_that_is_not_utf_8_is_reported(tmp_path):
+    pq.write_table(pa.table({"prompt": latin_1([b"a", b"caf\xe9"])}), tmp_path / "train.parquet")
+    assert "can't decode byte 0xe9" in refusal_of(tmp_path)
+
+
+def test_a_damaged_page_of_a_parquet_file_is_reported_with_the_rows_before_it(tmp_path):
+    path = tmp_path / "p.parquet"
+    pq.write_table(
+        pa.table({"prompt": [f"{n} " * 50 for n in range(4000)]}), path, row_group_size=2000, use_dictionary=False
+    )
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start + 2000 : start + 2200] = b"\xff" * 200
+    path.write_bytes(content)
+    assert re.fullmatch(
+        rf"{path}, after row 2000: not Parquet \(.*\); write the file again, or copy it from where it came",
+        refusal_of(path),
+    )
 
 
 def test_one_id_for_two_different_prompts_is_refused(tmp_path):
