@@ -75,7 +75,7 @@ class Scoring:
         """Return the indices of winner and loser. Raises Dropped if the scores allow no pair.
 
         With a margin, the winner is the best answer that has a loser within the margin, and the loser is the worst
-        answer within it.
+        answer within it. Its score is lower than the winner's, whatever the margin.
         """
         config, margin = self.config, self.config.margin
         if not any(map(math.isnan, scores)):
@@ -94,7 +94,8 @@ class Scoring:
         fitting = [
             (scores[winner], scores[winner] - scores[loser], -winner, -loser)
             for winner, loser in permutations(range(len(scores)), 2)
-            if scores[winner] >= floor and margin.least <= scores[winner] - scores[loser] <= most
+            if scores[winner] >= floor and scores[winner] > scores[loser]
+            if margin.least <= scores[winner] - scores[loser] <= most
         ]
         if not fitting:
             raise Dropped("scores", "margin", f"no two of the scores {', '.join(f'{s:g}' for s in scores)} fit")
