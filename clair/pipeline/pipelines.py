@@ -83,7 +83,8 @@ async def judged(
 
     If `scoring` has a scorer, its scores decide, else the row's if it has any: best against worst, or as `scoring`
     chooses. If a score of the row is missing, the judge decides, or the row is dropped without one. A judge compares
-    two answers once. Of more answers all pairs are compared, and the numbers of wins decide.
+    two answers once. Of more answers all pairs are compared, and the numbers of wins decide. The reasoning is that of
+    the comparison of winner and loser, and empty if the judge did not prefer the winner in it.
     """
     ready = [(Answer(visible_answer(text)), "prompt file") for text in prompt.answers]
     answers = ready or await _draw_answers(prompt, answerers, samples)
@@ -110,7 +111,7 @@ async def judged(
     if judge is None:
         raise Dropped("judge", "no_judge", "the row has no scores and the recipe has no judge")
     wins = [0.0] * len(distinct)
-    reasoning = ""
+    reasonings: dict[tuple[int, int], str] = {}  # by the indices of the better and the worse answer
     matches = list(combinations(range(len(distinct)), 2))
     judgements = await gather_all(
         *(_match(prompt, shown[i], shown[j], judge, draw=len(distinct) > 2) for i, j in matches)
@@ -120,10 +121,11 @@ async def judged(
             for index in match:
                 wins[index] += 0.5
         else:
-            wins[match[judgement.better - 1]] += 1
-            reasoning = judgement.reasoning
+            better, worse = match if judgement.better == 1 else match[::-1]
+            wins[better] += 1
+            reasonings[better, worse] = judgement.reasoning
     best, worst = best_and_worst_index(wins)
-    return pair(distinct[best], distinct[worst], reasoning)
+    return pair(distinct[best], distinct[worst], reasonings.get((best, worst), ""))
 
 
 async def _draw_answers(

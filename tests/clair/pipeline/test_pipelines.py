@@ -81,6 +81,32 @@ def test_on_policy_samples_differ_and_are_each_requested_once(tmp_path, monkeypa
     assert len(judge.requests) == 10 * 3 * 2
 
 
+@pytest.mark.parametrize(
+    ("wins", "chosen", "rejected", "reasoning"),
+    [
+        ({"ab": "a", "ac": "a", "bc": "b"}, "a", "c", "a c"),  # the last comparison is that of two others
+        ({"ab": "a", "ac": None, "bc": "b"}, "a", "c", ""),  # a draw of the two
+        # a and b have three wins, d and e one, and the first of equals counts, although d is better than a
+        ({"ab": "a", "ac": "a", "ad": "d", "bc": "b", "bd": "b", "cd": "c", "ae": "a", "be": "b", "ce": "c", "de": "e"},
+         "a", "d", ""),
+    ],
+)  # fmt: skip
+def test_the_reasoning_of_several_answers_is_that_of_the_comparison_of_winner_and_loser(
+    tmp_path, monkeypatch, wins, chosen, rejected, reasoning
+):
+    def compare(messages, sample):
+        shown = [between(messages[0]["content"], f"student_solution_{n}") for n in (1, 2)]
+        winner = wins["".join(sorted(shown))]
+        choice = "[tie]" if winner is None else f"[{shown.index(winner) + 1}]"
+        return verdict(choice).replace("because", " ".join(sorted(shown)))
+
+    install(monkeypatch, judge=Scripted("judge", compare))
+    rows = [{"id": "r", "prompt": "question", "answers": sorted(set("".join(wins)))}]
+    build(recipe(tmp_path / "out", rows, pipeline="judged", judge=endpoint(), filters={}))
+    row = pairs(tmp_path / "out")["r"]
+    assert (text(row, "chosen"), text(row, "rejected"), row["reasoning"]) == (chosen, rejected, reasoning)
+
+
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf])
 def test_a_score_that_is_missing_ends_the_row_in_whatever_order_it_comes(tmp_path, missing):
     orders = list(itertools.permutations([1, missing, 3]))
