@@ -66,8 +66,9 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     """Write a recipe and a prompt file for a further round, with the tuned `model` folder as the target.
 
     Its prompts are those that gave a pair, which the previous model answered wrong, followed by those that the build
-    did not reach because of `limit` or `accept`. Prompts that were dropped are left out, and so are answers that came
-    with the prompts: they are another model's. Returns the recipe's path and the number of prompts of each kind.
+    did not reach because of `limit` or `accept`. They keep their labels, tools, reference and stronger answer. Prompts
+    that were dropped are left out, and so are answers in place of the target's, which are another model's. Returns the
+    recipe's path and the number of prompts of each kind.
     """
     manifest, new_folder = read_manifest(folder), Path(out)
     recipe = new_folder.with_name(f"{new_folder.name}.yaml")
@@ -79,12 +80,11 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     repeated = [_prompt_row(row["id"], row["prompt"], row.get("tools")) for row in read_rows(folder, SPLITS)]
     known_ids = {row["id"] for row in repeated}
     known_ids |= {row["id"] for row in read_dropped(Path(folder)) if not row["failed"]}
-    columns = {"reference": "reference"} if "reference" in config.prompts.columns else {}
+    columns = {name: name for name in ("reference", "stronger") if name in config.prompts.columns}
     by_id, unseen = {row["id"]: row for row in repeated}, []
     for prompt in (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None):
         row = by_id.get(prompt.id) or _prompt_row(prompt.id, list(prompt.messages), prompt.tools)
-        if columns:
-            row["reference"] = prompt.reference
+        row.update({**prompt.labels, **{name: getattr(prompt, name) for name in columns}})
         if prompt.id not in known_ids:
             unseen.append(row)
     target_config = config.target

@@ -7,9 +7,11 @@ import json
 import urllib.request
 
 import pytest
+import yaml
 
 from clair.core.errors import UserError
-from clair.core.recipe import load_recipe
+from clair.core.recipe import load_recipe, resolve
+from clair.data.dataset import read_rows
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.export import export, files_to_push, next_round, push
@@ -142,3 +144,36 @@ def test_a_further_round_asks_the_tuned_model_what_it_got_wrong_and_what_it_has_
     assert not any("answer" in row for row in rows)
     with pytest.raises(UserError, match="exists already"):
         next_round(folder, "runs/tuned", tmp_path / "round-2")
+
+
+def test_a_further_round_keeps_the_labels_of_its_prompts_and_no_source_that_a_prompt_did_not_have(
+    tmp_path, monkeypatch
+):
+    install(monkeypatch, reviser=Scripted("reviser", revision), target=Scripted("target", lambda m, n: "a bad answer"))
+    labels = [{"annotator": 7, "group": "brief", "behaviour": "tone"}, {"source": "forum"}, {}, {"annotator": "u"}]
+    rows = [{"id": f"r{n}", "prompt": f"question {n}", "answer": "bad", **more} for n, more in enumerate(labels)]
+    prompts = {"path": str(tmp_path / "round-1-prompts.jsonl"), "columns": {"user": "annotator"}}
+    config = recipe(tmp_path / "round-1", rows, pipeline="revised", reviser=endpoint(), limit=3, prompts=prompts)
+    build(config)
+    next_recipe, *_ = next_round(tmp_path / "round-1", "runs/tuned", tmp_path / "round-2")
+    build(resolve(BuildConfig, yaml.safe_load(next_recipe.read_text("utf-8")) | {"target": endpoint()}))
+    kept = {row["id"]: [row[name] for name in ("user", "group", "behaviour", "source")]
+            for row in read_rows(tmp_path / "round-2")}  # fmt: skip
+    assert kept == {
+        "r0": ["7", "brief", "tone", "revised"],
+        "r1": [None, None, None, "forum"],
+        "r2": [None, None, None, "revised"],
+        "r3": ["u", None, None, "revised"],
+    }
+    assert ["source" in row for row in lines(tmp_path / "round-2-prompts.jsonl")].count(True) == 1
+
+
+def test_a_further_round_keeps_the_stronger_models_answers_which_it_prefers_again(tmp_path, monkeypatch):
+    install(monkeypatch, target=Scripted("target", lambda m, n: "a bad answer"))
+    rows = [{"id": f"r{n}", "prompt": f"question {n}", "answer": "bad", "gold": f"good {n}"} for n in range(3)]
+    prompts = {"path": str(tmp_path / "round-1-prompts.jsonl"), "columns": {"stronger": "gold"}}
+    build(recipe(tmp_path / "round-1", rows, pipeline="stronger", limit=2, prompts=prompts))
+    next_recipe, *_ = next_round(tmp_path / "round-1", "runs/tuned", tmp_path / "round-2")
+    build(resolve(BuildConfig, yaml.safe_load(next_recipe.read_text("utf-8")) | {"target": endpoint()}))
+    chosen = {row["id"]: row["chosen"][0]["content"] for row in read_rows(tmp_path / "round-2")}
+    assert chosen == {"r0": "good 0", "r1": "good 1", "r2": "good 2"}
