@@ -18,13 +18,14 @@ disk flush, and hundreds of replies a second leave no time for one flush each.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import queue
 import shlex
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -53,6 +54,7 @@ _SPENT = (
     "WHERE payer = ? GROUP BY role"
 )
 _SPENT_IN_BATCHES = _SPENT.replace("GROUP BY", "AND batch IS NOT NULL GROUP BY")
+_KEY_IN_LIST = "key IN (SELECT value FROM json_each(?))"
 _MAX_WRITES_PER_COMMIT = 1000
 _CANNOT_WRITE = ("disk is full", "disk I/O error", "readonly database")
 
@@ -165,15 +167,15 @@ class Ledger(AbstractContextManager["Ledger"]):
         rows = self.read(_SPENT_IN_BATCHES if in_batches else _SPENT, account)
         return {role: Tokens(prompt, completion) for role, prompt, completion in rows}
 
-    def paid(self, role: str, prompt_id: str) -> Tokens:
-        """The usage of a role's answered calls for one prompt."""
-        query = "SELECT total(prompt_tokens), total(completion_tokens) FROM calls WHERE role = ? AND row = ?"
-        return Tokens(*map(int, self.read(query, role, prompt_id)[0]))
+    def paid(self, keys: Collection[str]) -> Tokens:
+        """The usage of the calls with these keys."""
+        query = f"SELECT total(prompt_tokens), total(completion_tokens) FROM calls WHERE {_KEY_IN_LIST}"  # noqa: S608
+        return Tokens(*map(int, self.read(query, json.dumps([*keys]))[0]))
 
-    def seconds(self, role: str, prompt_id: str) -> list[float]:
-        """The duration of each answered call of a role for one prompt, from sending it to the end of its reply."""
-        query = "SELECT seconds FROM calls WHERE role = ? AND row = ? AND state = 'done' AND seconds IS NOT NULL"
-        return [seconds for (seconds,) in self.read(query, role, prompt_id)]
+    def seconds(self, keys: Collection[str]) -> list[float]:
+        """The duration of each answered call with one of these keys, from sending it to the end of its reply."""
+        query = f"SELECT seconds FROM calls WHERE {_KEY_IN_LIST} AND state = 'done' AND seconds IS NOT NULL"  # noqa: S608
+        return [seconds for (seconds,) in self.read(query, json.dumps([*keys]))]
 
     def read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """The rows of a query. Raises LedgerError."""

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import count, islice
+from typing import Any, cast
 
 from clair.core.event_loop import run_async
 from clair.core.progress import print_line
 from clair.core.student_t import t_quantile
 from clair.data.prompt_sources import Scan, each_prompt
-from clair.data.records import Dropped, Prompt
+from clair.data.records import Dropped, Pair, Prompt
 from clair.inference.budget import Price, discounted_share, max_billed_tokens, role_prices
 from clair.inference.client import ModelClient
-from clair.inference.config import ModelConfig
-from clair.ledger.ledger import Ledger, Tokens
+from clair.inference.config import ModelConfig, ReviserConfig
+from clair.ledger.ledger import Ledger, StoredReply, Tokens
 from clair.pipeline.build import check_recipe, check_resumable
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.output_dir import lock_output
@@ -66,19 +68,25 @@ def estimate(
     Batch API, the estimate is at the price of batches. Raises UserError as a build does.
     """
     prompt_scan = check_recipe(config)
-    prompts = each_prompt(config.prompts, config.limit, prompt_scan)
-    sizes = array("q", (_size(prompt) for prompt, skip_reason in prompts if skip_reason is None))
-    calls = {role: len(sizes) * _calls_per_row(config, role) for role in config.models}
+    sizes, replies = array("q"), Counter[str]()
+    for prompt in _prompts(config, prompt_scan):
+        sizes.append(_size(prompt))
+        replies.update({role: _replies(config, role, prompt) for role in config.models})
+    calls = {role: replies[role] * _max_calls_per_reply(config, role) for role in config.models}
+    if config.accept and config.accept < len(sizes):
+        print_line(
+            f"note: the estimate is for all {len(sizes)} rows; accept ends the build at {config.accept} pairs, which "
+            f"the first {config.accept} rows give if none is dropped"
+        )
     if not probe:
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
     chosen = sample_by_size(sizes, max(MIN_PROBE, probe))
     paid, seconds = _run(config, prompt_scan, chosen, on_progress)
     prices = {role: _discounted(price, config.models[role]) for role, price in role_prices(config.models).items()}
-    expected = expected_replies(config, prompt_scan)
     return {
         role: replace(
             estimate_role(prices.get(role), calls[role], sizes, chosen, paid[role]),
-            time=time_range(model, expected[role], seconds[role], config.concurrency),
+            time=time_range(model, replies[role], seconds[role], config.concurrency),
         )
         for role, model in config.models.items()
     }
@@ -112,22 +120,52 @@ def _run(
 ) -> tuple[dict[str, list[Tokens]], dict[str, list[float]]]:
     """Run the rows at the `chosen` indices. Returns by role the tokens of each row, and the seconds of each reply."""
     indices = set(chosen)
-    unique = (p for p, skip_reason in each_prompt(config.prompts, config.limit, prompt_scan) if skip_reason is None)
-    prompts = [prompt for index, prompt in enumerate(unique) if index in indices]
+    prompts = [prompt for index, prompt in enumerate(_prompts(config, prompt_scan)) if index in indices]
     with lock_output(config.out) as output:
         check_resumable(config, output.folder, update=False)
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
-            run_async(_ask(config, ledger, prompts, on_progress))
-            paid = {role: [ledger.paid(role, prompt.id) for prompt in prompts] for role in config.models}
-            seconds = {role: [s for p in prompts for s in ledger.seconds(role, p.id)] for role in config.models}
+            keys = run_async(_ask(config, ledger, prompts, on_progress))
+            paid = {role: [ledger.paid(keys[role, prompt.id]) for prompt in prompts] for role in config.models}
+            seconds = {role: [s for p in prompts for s in ledger.seconds(keys[role, p.id])] for role in config.models}
             return paid, seconds
+
+
+_prompt_id: ContextVar[str] = ContextVar("prompt_id")
+"""The id of the row that the current task runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordingLedger:
+    """The ledger of one client. It records the keys of the requests of each row, whichever run has paid for them."""
+
+    ledger: Ledger
+    role: str
+    keys: Mapping[tuple[str, str], set[str]]
+    """By role and prompt id."""
+
+    def find(self, key: str) -> StoredReply | None:
+        self.keys[self.role, _prompt_id.get()].add(key)
+        return self.ledger.find(key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ledger, name)
 
 
 async def _ask(
     config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt], on_progress: Callable[..., None]
-) -> None:
-    async with open_run(config, ledger, live=True) as run:
+) -> Mapping[tuple[str, str], set[str]]:
+    """Run the prompts. Returns the keys of their requests in the ledger by role and prompt id."""
+    keys: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    async with open_run(config, ledger, live=True) as opened_run:
+        for role, client in opened_run.clients.items():
+            client.ledger = cast("Ledger", _RecordingLedger(ledger, role, keys))
+
+        async def make_pair(prompt: Prompt) -> Pair:
+            _prompt_id.set(prompt.id)  # each row runs in a task of its own
+            return await opened_run.make_pair(prompt)
+
+        run = replace(opened_run, make_pair=make_pair)
         rows_done = count()
 
         def on_row_done(_: object = None) -> None:
@@ -153,6 +191,7 @@ async def _ask(
             f"note: {incomplete.total()} of the probe's {len(prompts)} rows ended before every role had answered "
             f"({reasons}); if other rows do not end early, this estimate is too low"
         )
+    return keys
 
 
 def estimate_role(
@@ -214,45 +253,54 @@ def sample_by_size(sizes: Sequence[int], probe: int) -> list[int]:
     return [*chosen, *islice(remaining, k - len(chosen))]
 
 
+def _prompts(config: BuildConfig, prompt_scan: Scan) -> Iterator[Prompt]:
+    """The prompts of which a build makes pairs."""
+    prompts = each_prompt(config.prompts, config.limit, prompt_scan)
+    return (prompt for prompt, skip_reason in prompts if skip_reason is None)
+
+
 def _size(prompt: Prompt) -> int:
     answers = "".join((prompt.answer or "", *prompt.answers))
     return max_billed_tokens({"messages": prompt.messages}).prompt + len(answers.encode("utf-8", "replace"))
 
 
-def _calls_per_row(config: BuildConfig, role: str) -> int:
-    """The maximum of calls of a role for one prompt, with one repetition of each."""
-    calls = _replies_per_row(config, role)
-    if config.judge and role == "judge":
-        return calls * (1 + config.judge.ask_again)
-    if judge := config.score_judges.get(role):
-        return calls * (1 + judge.ask_again)
-    if config.reviser and role == "reviser":
-        return calls * (1 + (config.reviser.mode == "edits")) * (1 + config.reviser.ask_again)
-    return calls
-
-
-def _replies_per_row(config: BuildConfig, role: str) -> int:
-    """Calls of a role for one prompt if every reply can be parsed."""
-    if config.pipeline == "judged" and role in config.answerers:
-        return config.samples
-    answers = config.samples * len(config.answerers)
+def _replies(config: BuildConfig, role: str, prompt: Prompt) -> int:
+    """Count the replies of a role for a prompt if each can be parsed and no answer drops the row."""
+    judged = config.pipeline == "judged"
+    if role in config.answerers:
+        ready = (judged and prompt.answers) or (role == config.answerer and prompt.answer is not None)
+        return 0 if ready else config.samples if judged else 1
+    if role == "stronger":
+        return int(prompt.stronger is None)
+    answers = len(prompt.answers) or config.samples * len(config.answerers)
     if role in config.score_judges:
         return answers
     if config.judge and role == "judge":
-        comparisons = answers * (answers - 1) // 2
-        return comparisons * (2 if config.judge.order == "both" else 1)
+        scores_decide = prompt.scores and not any(map(math.isnan, prompt.scores))
+        return 0 if scores_decide else math.comb(answers, 2) * (2 if config.judge.order == "both" else 1)
     return 1
 
 
+def _max_calls_per_reply(config: BuildConfig, role: str) -> int:
+    """The maximum of calls for one reply: with a repetition, and in the edit mode the same for the whole text."""
+    model = config.models[role]
+    edits = isinstance(model, ReviserConfig) and model.mode == "edits"
+    return (1 + getattr(model, "ask_again", False)) * (1 + edits)
+
+
 def expected_replies(config: BuildConfig, prompt_scan: Scan) -> dict[str, int]:
-    """The expected replies of a build by role, if each can be parsed and no row is dropped."""
+    """The expected replies of a build by role, if each can be parsed and no row is dropped.
+
+    A scan does not know how many ready answers a row has: a judge's replies are counted as for sampled answers.
+    """
     provided = prompt_scan.compared if config.pipeline == "judged" else prompt_scan.answered
     rows = prompt_scan.held * prompt_scan.unique / max(1, prompt_scan.rows)
     provided_by_role = dict.fromkeys(config.answerers, provided) | {"stronger": prompt_scan.preferred}
     rows_to_request = {
         role: rows * (1 - count / max(1, prompt_scan.unique)) for role, count in provided_by_role.items()
     }
-    return {role: math.ceil(rows_to_request.get(role, rows) * _replies_per_row(config, role)) for role in config.models}
+    empty = Prompt("empty", ())
+    return {role: math.ceil(rows_to_request.get(role, rows) * _replies(config, role, empty)) for role in config.models}
 
 
 def total_cost(roles: Mapping[str, RoleEstimate]) -> Range | None:

@@ -23,7 +23,7 @@ from clair.pipeline.estimate import (
     total_time,
 )
 from tests.clair.building import clair, scripted_rows, write_prompts, write_recipe
-from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision
+from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision, verdict
 
 
 def rows(n, seed=0):
@@ -236,6 +236,90 @@ def test_an_estimate_without_a_probe_requests_nothing_and_prints_the_maximum_of_
     config = recipe(tmp_path / "out", rows(20), pipeline="revised", reviser=endpoint(mode="edits"))
     assert estimate(config)["reviser"].max_calls == 20 * 4
     assert not model.requests
+
+
+FOUR = ["aaaa", "bbb", "cc", "d"]
+
+
+def longest(messages, sample=0):
+    """A judge that prefers the longer answer."""
+    shown = [between(messages[0]["content"], f"student_solution_{n}") for n in (1, 2)]
+    return verdict("[1]" if len(shown[0]) > len(shown[1]) else "[2]")
+
+
+def score_by_length(messages, sample=0):
+    """A judge that gives an answer its length as the score."""
+    answer = between(messages[0]["content"], "student_solution")
+    return "{teacher_reasoning}\nhm\n\n{student_solution_score}\n" + str(len(answer))
+
+
+@pytest.mark.parametrize(
+    ("script", "judging", "rows", "calls"),
+    [
+        (longest, {"judge": endpoint(ask_again=False)}, [{"answers": FOUR}], {"judge": 12}),
+        (longest, {"judge": endpoint(ask_again=False, order="random")}, [{"answers": FOUR}], {"judge": 6}),
+        (longest, {"judge": endpoint(ask_again=False), "target": endpoint(), "samples": 3},
+         [{"answers": FOUR}, {"answers": FOUR[:2]}, {}], {"target": 3, "judge": 12 + 2 + 6}),
+        (longest, {"judge": endpoint(ask_again=False)}, [{"answers": FOUR, "scores": [4, 3, 2, 1]},
+         {"answers": FOUR, "scores": [4, 3, 2, None]}], {"judge": 12}),
+        (score_by_length, {"scores": {"judges": [endpoint(ask_again=False)]}}, [{"answers": FOUR}], {"judge": 4}),
+    ],
+)  # fmt: skip
+def test_an_estimate_counts_the_calls_for_the_ready_answers_of_each_row(
+    tmp_path, monkeypatch, script, judging, rows, calls
+):
+    install(monkeypatch, judge=Scripted("judge", script), target=Scripted("target", lambda m, n: "word " * (n + 1)))
+    numbered = [{"prompt": f"question {n}", **row} for n, row in enumerate(rows)]
+    config = recipe(tmp_path / "out", numbered, pipeline="judged", **judging)
+    assert {role: of_role.max_calls for role, of_role in estimate(config).items()} == calls
+    assert {role: tokens["calls"] for role, tokens in build(config).manifest["tokens"].items()} == calls
+
+
+def test_an_estimate_counts_no_calls_for_answers_that_the_rows_have(tmp_path, monkeypatch):
+    install(
+        monkeypatch, target=Scripted("target", lambda m, n: "bad"), stronger=Scripted("stronger", lambda m, n: "good")
+    )
+    ready = [{"answer": "bad"}, {"gold": "good"}, {"answer": "bad", "gold": "good"}, {}]
+    rows = [{"prompt": f"question {n}", **row} for n, row in enumerate(ready)]
+    prompts = {"path": str(tmp_path / "out-prompts.jsonl"), "columns": {"stronger": "gold"}}
+    models = {"target": endpoint(), "stronger": endpoint()}
+    config = recipe(tmp_path / "out", rows, pipeline="stronger", prompts=prompts, **models)
+    assert {role: of_role.max_calls for role, of_role in estimate(config).items()} == {"target": 2, "stronger": 2}
+    tokens = build(config).manifest["tokens"]
+    assert {role: of_role["calls"] for role, of_role in tokens.items()} == {"target": 2, "stronger": 2}
+
+
+def test_an_estimate_says_that_accept_may_end_the_build_before_all_rows(tmp_path, capsys):
+    config = recipe(tmp_path / "out", rows(12), pipeline="revised", reviser=endpoint(), accept=2)
+    assert estimate(config)["reviser"].max_calls == 24
+    assert "for all 12 rows; accept ends the build at 2 pairs" in capsys.readouterr().err
+    estimate(config.model_copy(update={"accept": 12}))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("temperature", "prefix", "sent"), [(0.5, "", 3), (1.0, "other ", 0)])
+def test_an_estimate_counts_the_replies_that_it_used_in_a_ledger_shared_with_other_builds(
+    tmp_path, monkeypatch, temperature, prefix, sent
+):
+    """Another request for rows with the same ids; and the same requests for rows with other ids."""
+    target = Scripted("target", lambda m, n: "bad " * 9, latency=0.01)
+    install(monkeypatch, target=target, reviser=Scripted("reviser", revision))
+    shared = {"pipeline": "revised", "reviser": endpoint(), "ledger": str(tmp_path / "shared.sqlite")}
+    questions = [{"id": f"r{n}", "prompt": f"question {n}"} for n in range(3)]
+    first = estimate(recipe(tmp_path / "a", questions, target=endpoint(temperature=1.0), **shared), 3)
+    assert first["target"].prompt.value > 0
+    renamed = [row | {"id": prefix + row["id"]} for row in questions]
+    config = recipe(tmp_path / "b", renamed, target=endpoint(temperature=temperature), **shared)
+    second = estimate(config, 3)
+    assert len(target.requests) == 3 + sent
+    for role in ("target", "reviser"):
+        assert (second[role].prompt, second[role].completion) == (first[role].prompt, first[role].completion)
+        assert second[role].time is not None
+    tokens = build(config).manifest["tokens"]["target"]
+    assert (second["target"].prompt.value, second["target"].completion.value) == (
+        tokens["prompt"],
+        tokens["completion"],
+    )
 
 
 def test_prices_come_from_the_table_if_the_recipe_says_so(tmp_path):

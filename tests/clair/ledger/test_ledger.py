@@ -125,8 +125,10 @@ def test_the_bill_counts_what_was_answered_and_the_worst_of_what_was_not(tmp_pat
     with Ledger(tmp_path / "l.sqlite") as ledger:
         assert do(bill(ledger)) == {"reviser": Tokens(7 + 10 + 0 + 7 + 10, 70 + 100 + 0 + 70 + 100)}
         assert ledger.spent("/another") == {}
-        assert ledger.paid("reviser", "row") == Tokens(14, 140)
-        assert ledger.paid("target", "row") == Tokens(0, 0)
+        keys = ["answered", "in flight", "refused", "timeout, then answered"]
+        assert (ledger.paid(keys), sorted(ledger.seconds(keys))) == (Tokens(14, 140), [0.1, 1.0])
+        assert (ledger.paid(keys[:1]), ledger.seconds(keys[:1])) == (Tokens(7, 70), [0.1])
+        assert (ledger.paid(["never sent"]), ledger.seconds([])) == (Tokens(0, 0), [])
 
 
 def test_writes_that_gather_are_committed_together(tmp_path, monkeypatch):
