@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clair.core.progress import print_line
 from clair.inference.model import Model, Refused, Unreachable
 
 _FIRST_PAUSE = 2.0
@@ -20,6 +21,10 @@ class _Endpoint:
     in_flight: int = 0
     paused_until: float = 0.0
     pause_seconds: float = 0.0
+    refused: bool = False
+    """True if it refused its last request."""
+    reported: bool = False
+    """True if its refusal was printed."""
 
 
 class EndpointPool:
@@ -46,7 +51,10 @@ class EndpointPool:
             raise next((error for error in failed if isinstance(error, Unreachable)), failed[-1])
 
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
-        """Return the completion of the least loaded living endpoint."""
+        """Return the completion of the least loaded living endpoint.
+
+        If it refuses and others do not, raises Unreachable, so that the request is sent again, to another one.
+        """
         now = time.monotonic()
         living = [endpoint for endpoint in self._endpoints if endpoint.paused_until <= now]
         endpoint = (
@@ -55,12 +63,18 @@ class EndpointPool:
         endpoint.in_flight += 1
         try:
             raw = await endpoint.model.complete(request, sample)
-        except Unreachable:
+        except (Unreachable, Refused) as error:
             self._pause(endpoint)
-            raise
+            endpoint.refused = isinstance(error, Refused)
+            if not endpoint.refused or all(e.refused for e in self._endpoints):
+                raise
+            if not endpoint.reported:
+                endpoint.reported = True
+                print_line(f"{error}; its requests go to the other servers")
+            raise Unreachable(str(error)) from error
         finally:
             endpoint.in_flight -= 1
-        endpoint.pause_seconds = 0.0
+        endpoint.pause_seconds, endpoint.refused = 0.0, False
         return raw
 
     async def close(self) -> None:

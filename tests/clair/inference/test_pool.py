@@ -15,23 +15,25 @@ from tests.clair.building import config_for, outcomes, scripted, scripted_rows, 
 
 
 class FakeEndpoint:
-    """An endpoint that answers with its name when it is let, or is dead."""
+    """An endpoint that answers with its name when it is let, or is dead, or refuses every request."""
 
     def __init__(self, name: str) -> None:
         self.name = self.identity = name
-        self.dead = False
+        self.dead = self.refuses = False
         self.request_count = 0
         self.let = asyncio.Event()
         self.let.set()
 
     async def check(self) -> None:
-        if self.dead:
+        if self.dead or self.refuses:
             raise Refused(f"cannot reach {self.name}")
 
     async def complete(self, request: object, sample: int = 0) -> str:
         self.request_count += 1
         if self.dead:
             raise Unreachable("gone")
+        if self.refuses:
+            raise Refused(f"{self.name} has no model")
         await self.let.wait()
         return self.name
 
@@ -125,6 +127,42 @@ def test_one_living_endpoint_is_enough_to_begin_with():
             await pool.check()
 
     asyncio.run(run())
+
+
+def test_one_that_refuses_is_set_aside_with_a_line_and_the_run_ends_only_if_all_refuse(clock, capsys):
+    async def run() -> None:
+        first, second = FakeEndpoint("first"), FakeEndpoint("second")
+        first.refuses = True
+        pool = EndpointPool([first, second])
+        await pool.check()
+        assert [await ask(pool) for _ in range(3)] == ["second"] * 3
+        for aside in (4.0, 8.0):
+            clock.seconds += aside + 0.01
+            assert await ask(pool) == "gone"  # the client tries again
+            assert [await ask(pool) for _ in range(3)] == ["second"] * 3
+        assert capsys.readouterr().err == "first has no model; its requests go to the other servers\n"
+        second.dead = True
+        assert await ask(pool) == "gone"  # no refusal of both: the second may be back
+        clock.seconds += 60.0
+        assert await ask(pool) == "gone"
+        second.dead, second.refuses = False, True
+        with pytest.raises(Refused, match="second has no model"):
+            await ask(pool)
+        clock.seconds += 120.0
+        first.refuses = False
+        assert await ask(pool) == "first"
+
+    asyncio.run(run())
+
+
+def test_a_build_goes_on_without_a_server_that_has_no_such_model(tmp_path, server, monkeypatch):
+    """It passes the check, as one that may come later, and is sent a request when its pause is over."""
+    monkeypatch.setattr("clair.inference.pool._FIRST_PAUSE", 0.05)
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.1"] * 20))
+    wrong = server.url.removesuffix("/v1") + "/no-such-path"
+    reviser = {"url": [server.url, wrong], "model": "m"}
+    build(config_for(tmp_path, server.url, reviser=reviser, concurrency=2))
+    assert outcomes(tmp_path / "out") == {f"row-{n}": f"good answer {n}" for n in range(20)}
 
 
 def test_a_build_shares_its_requests_out_and_survives_the_death_of_an_endpoint(tmp_path, server):
