@@ -73,6 +73,8 @@ class ModelClient:
     stop: StopSignal
     ready: Callable[[], Awaitable[None]]
     health: EndpointHealth
+    shared_calls: dict[str, asyncio.Future[Reply | StoredReply]]
+    """The calls under way in this run by their key, those of all roles: equal requests of two roles are one call."""
     batch: BatchClient | None = None
     """The queue for the Batch API, if the role uses it: then `complete` raises Pending and sends nothing itself."""
     failed: dict[str, tuple[str, str]] | None = None
@@ -82,7 +84,6 @@ class ModelClient:
     earlier_calls: int = 0
     """Calls of earlier passes."""
     _slots_reported: bool = False
-    _shared_calls: dict[str, asyncio.Future[Reply | StoredReply]] = field(default_factory=dict)
     _in_flight: int = 0
     _settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the last request in flight has been answered and its reply is on disk."""
@@ -101,7 +102,7 @@ class ModelClient:
         if added_temperature and (temperature := request.get("temperature")) is not None:
             request["temperature"] = max(temperature, min(1.0, temperature + added_temperature))
         key, has_tools = call_key(self.model.identity, request, sample), "tools" in request
-        shared = key in self._shared_calls
+        shared = key in self.shared_calls
         stored = self.ledger.find(key)
         try:
             reply = await self._parse_stored(key, stored, has_tools) if stored else None
@@ -187,12 +188,12 @@ class ModelClient:
 
     async def _request_once(self, call: _Call) -> Reply | StoredReply:
         """Share one call among equal requests of this run. A StoredReply if another run sent it and has the reply."""
-        if (shared_call := self._shared_calls.get(call.key)) is not None:
+        if (shared_call := self.shared_calls.get(call.key)) is not None:
             return await await_shielded(shared_call)
         self._raise_if_stopped()
         task = asyncio.ensure_future(self._claim_and_call(call))
-        self._shared_calls[call.key] = task
-        task.add_done_callback(lambda _: self._shared_calls.pop(call.key, None))
+        self.shared_calls[call.key] = task
+        task.add_done_callback(lambda _: self.shared_calls.pop(call.key, None))
         return await await_shielded(task)
 
     async def _claim_and_call(self, call: _Call) -> Reply | StoredReply:

@@ -130,6 +130,7 @@ def open_clients(
     """
     resources = resources or Resources()
     clients: dict[str, ModelClient] = {}
+    shared_calls: dict[str, asyncio.Future[Any]] = {}
     check: asyncio.Future[None] | None = None
 
     async def check_all() -> None:
@@ -181,6 +182,7 @@ def open_clients(
             model=opened,
             batch=batch,
             failed=failed,
+            shared_calls=shared_calls,
             health=EndpointHealth(role, getattr(opened, "url", opened.name), model.patience),
             options=model.options(config.seed),
             ledger=ledger,

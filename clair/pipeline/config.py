@@ -103,6 +103,11 @@ class ScoresConfig(Recipe):
         sources = [name for name in ("checker", "reward", "judges") if getattr(self, name)]
         if len(sources) > 1:
             raise ValueError(f"{sources[0]} and {sources[1]} both give scores; keep one of them")
+        for n, judge in enumerate(self.judges, 1):
+            if judge in self.judges[: n - 1]:
+                raise ValueError(
+                    f"judge {n} is the same as an earlier one, so that one reply would count twice; remove it"
+                )
         if self.scale[0] >= self.scale[1]:
             raise ValueError(f"scale goes from the lowest to the highest score, such as [1, 10]; found {self.scale}")
         return check_used(self, bool(self.judges), "judges", "rubric", "scale")

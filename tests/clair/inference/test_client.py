@@ -212,6 +212,20 @@ def test_replies_in_flight_when_the_run_ended_are_stored_and_not_requested_again
     assert outcomes(tmp_path / "out") == {f"row-{n}": f"good answer {n}" for n in range(4)}
 
 
+def test_equal_requests_of_two_roles_are_one_call_that_is_paid_once(tmp_path, server):
+    rows = [{"id": f"row-{n}", "prompt": f"Task {n} [[wait:0.5]]"} for n in range(5)]
+    write_prompts(tmp_path / "prompts.jsonl", rows)
+    same = {"url": server.url, "model": "m", "temperature": 1.0}
+    judge = {"url": server.url, "model": "t"}
+    config = config_for(
+        tmp_path, server.url, pipeline="judged", reviser=None, target=same, candidates=[same], judge=judge, samples=2
+    )
+    built = build(config)
+    assert len(server.requests()) == 10
+    tokens = built.manifest["tokens"]
+    assert tokens["target"]["calls"] + tokens["candidate_1"]["calls"] == 10
+
+
 def test_the_raw_reply_and_the_failure_stand_in_the_ledger(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok", "html", "400", "tool"]))
     build(config_for(tmp_path, server.url))

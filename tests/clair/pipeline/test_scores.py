@@ -378,6 +378,7 @@ def test_a_model_that_gives_no_scores_is_no_reward(tmp_path):
         ({"scores": {"floor": 2}}, "have no scores and the recipe has no judge"),
         ({"scores": {"rubric": "Be kind.", "floor": 1}}, "rubric is for judges"),
         ({"scores": {"judges": [endpoint()], "scale": [5, 5]}}, "lowest to the highest"),
+        ({"scores": {"judges": [endpoint(), endpoint()]}}, "judge 2 is the same as an earlier one"),
         ({"scores": {"margin": {"least": 3, "most": 1}}}, "no margin lies between"),
         ({"scores": {"floor": 2}, "judge": endpoint()}, "judge compares two answers"),
         ({"scores": {"flor": 2}}, "unknown key 'scores.flor' .did you mean 'floor'"),
