@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import compress
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 RESULT = "pairs.json"
 ROWS = "pairs.jsonl"
+_SELECTION = ("name", "columns", "where")
+"""Keys of a training recipe's source that select its pairs, besides path and split."""
 _CHUNK = 256
 """Positions whose logits over the vocabulary are converted to float32 at a time."""
 
@@ -47,6 +49,11 @@ class PairsConfig(Recipe):
     reference: str
     dataset: Location
     split: str = "test"
+    name: str | None = None
+    """The configuration of a dataset that has several."""
+    columns: Mapping[str, str] = {}
+    where: dict[str, str | int | bool] | None = None
+    """Use only the rows with these values in these columns."""
     chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     """Variables of the chat template for rows without a column of that name."""
     beta: float = Field(default=0.1, gt=0)
@@ -66,14 +73,17 @@ class PairsConfig(Recipe):
         folder, defaults = Path(str(values.get("model", ""))), dict[str, Any]()
         if (folder / RUN).is_file():
             recipe = read_run(folder)["recipe"]
-            sources = recipe["dataset"]
+            sources = [{"path": recipe["dataset"]}] if isinstance(recipe["dataset"], str) else recipe["dataset"]
             defaults = {"reference": recipe["model"], "beta": recipe["beta"]}
             defaults["trust_remote_code"] = recipe.get("trust_remote_code", False)
-            if isinstance(sources, str) or len(sources) == 1:
-                defaults["dataset"] = sources if isinstance(sources, str) else sources[0]["path"]
-                defaults["chat_template_kwargs"] = (
-                    None if isinstance(sources, str) else sources[0].get("chat_template_kwargs")
-                )
+            if len(sources) == 1:
+                defaults["chat_template_kwargs"] = sources[0].get("chat_template_kwargs")
+            if "dataset" not in values:
+                if len(sources) > 1:
+                    paths = ", ".join(source["path"] for source in sources)
+                    raise ValueError(f"{folder} was trained on {paths}; name one, with its `where`, as `dataset`")
+                defaults["dataset"] = sources[0]["path"]
+                defaults |= {key: sources[0][key] for key in _SELECTION if key in sources[0]}
         if values.get("dataset") and _is_file(str(values["dataset"])):
             defaults["split"] = "train"  # a single file has no test split: all of it is held out
         for key in ("reference", "dataset"):
@@ -290,7 +300,7 @@ def evaluate_pairs(config: PairsConfig, log: Callable[[str], None] = lambda _: N
     if any(not row["prompt_ids"] for row in rows):
         raise UserError(f"dataset {config.dataset}: a prompt has no tokens to predict its answers from")
     policy, reference = _load_models(config, name, reference_name, tokenizer)
-    log(f"{len(rows):,} pairs of {config.dataset}, split {config.split}")
+    log(f"{len(rows):,} pairs of {config.dataset}, split {config.split}{_where(config)}")
     by_index: dict[int, MeasuredPair] = {}
     with progress("held-out pairs", len(rows)) as work:
         for index, measured in compare_models(policy, reference, rows, config.batch_tokens):
@@ -320,16 +330,21 @@ def _jsonl_row(pair: MeasuredPair, beta: float) -> dict[str, Any]:
     return {"id": pair.id, "prompt": pair.prompt, "margin": margin, **columns}
 
 
+def _where(config: PairsConfig) -> str:
+    return f" where {config.where}" if config.where else ""
+
+
 def _load_pairs(config: PairsConfig) -> Any:
     from apo.data.sources import Source, load_eval, split_names
 
     exists = config.dataset.is_url or Path(config.dataset).exists()
-    names = split_names(config.dataset) if exists else [config.split]
+    names = split_names(config.dataset, config.name) if exists else [config.split]
     if config.split not in names:
         raise UserError(f"dataset {config.dataset} has no split {config.split!r}; found: {', '.join(names)}")
-    pairs = load_eval([Source(path=config.dataset, chat_template_kwargs=config.chat_template_kwargs)], config.split)
+    options = {key: getattr(config, key) for key in (*_SELECTION, "chat_template_kwargs")}
+    pairs = load_eval([Source(path=config.dataset, **options)], config.split)
     if pairs is None:
-        raise UserError(f"dataset {config.dataset}, split {config.split!r}, has no pairs to measure")
+        raise UserError(f"dataset {config.dataset}, split {config.split!r}, has no pairs{_where(config)} to measure")
     return pairs if config.limit is None else pairs.select(range(min(config.limit, len(pairs))))
 
 

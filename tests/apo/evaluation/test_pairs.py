@@ -21,7 +21,7 @@ from apo.packing.logps import response_logps
 from clair.core.errors import UserError
 from clair.core.recipe import resolve
 from clair.data.contrast import shared_tokens
-from tests.apo.conftest import make_model, make_pairs, make_tokenizer
+from tests.apo.conftest import make_model, make_pairs, make_tokenizer, write_jsonl
 from tests.apo.evaluation.evaluating import apo, write_recipe
 
 
@@ -236,6 +236,70 @@ def test_a_single_file_is_held_out_whole_unless_it_is_what_the_run_trained_on(mo
     assert pairs_config(model_dir, reference="r", dataset=str(tmp_path)).split == "test"
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"dataset": str(file), "model": "m", "beta": 0.1}}))
     assert pairs_config(tmp_path).split == "test"
+
+
+@pytest.fixture
+def run_on(model_dir, tmp_path):
+    """A function that makes the folder of a run on these sources, with an untrained model; returns the folder."""
+
+    def make(*sources: dict) -> Path:
+        folder = tmp_path / "run"
+        make_model(seed=1).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        recipe = {"model": str(model_dir), "beta": 0.1, "dataset": list(sources)}
+        (folder / "run.json").write_text(json.dumps({"recipe": recipe}))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def grouped(tmp_path) -> Path:
+    """A dataset with two configurations: in `b` the groups ann and bob have 3 and 5 held-out pairs, and the winner
+    is called `better`."""
+    folder = tmp_path / "grouped"
+    rows = [{**row, "group": "ann" if n < 3 else "bob", "better": row["chosen"]} for n, row in enumerate(make_pairs(8))]
+    front = ["configs:"]
+    for name, pairs in {"a": rows[:2], "b": [{**row, "chosen": "worst"} for row in rows]}.items():
+        (folder / name).mkdir(parents=True)
+        write_jsonl(folder / name / "train.jsonl", pairs)
+        write_jsonl(folder / name / "test.jsonl", pairs)
+        front += [f"- config_name: {name}", f"  data_dir: {name}"]
+    (folder / "README.md").write_text("\n".join(["---", *front, "---", ""]))
+    return folder
+
+
+def test_the_pairs_of_a_run_are_selected_as_the_run_did(run_on, grouped, tmp_path):
+    source = {"path": str(grouped), "name": "b", "split": "train", "columns": {"chosen": "better"}}
+    folder = run_on({**source, "where": {"group": "ann"}})
+    messages: list[str] = []
+    result = evaluate_pairs(pairs_config(folder, out=str(tmp_path / "ann")), messages.append)
+    rows = [json.loads(line) for line in (tmp_path / "ann" / "pairs.jsonl").read_text("utf-8").splitlines()]
+    assert [row["id"] for row in rows] == ["p0", "p1", "p2"]
+    assert all(row["chosen_tokens"] > 3 for row in rows)  # `better`: the words of `chosen` are one token
+    assert {key: result["settings"][key] for key in ("name", "columns", "where", "split")} == {
+        "name": "b", "columns": {"chosen": "better"}, "where": {"group": "ann"}, "split": "test"
+    }  # fmt: skip
+    assert messages == [f"3 pairs of {grouped}, split test where {{'group': 'ann'}}"]
+    everybody = pairs_config(folder, out=str(tmp_path / "all"), where=None)
+    assert evaluate_pairs(everybody)["pairs"] == 8
+    nobody = pairs_config(folder, where={"group": "eve"})
+    with pytest.raises(UserError, match=r"has no pairs where \{'group': 'eve'\} to measure"):
+        evaluate_pairs(nobody)
+
+
+def test_a_dataset_that_is_named_is_not_selected_as_the_run_did(run_on, dataset, grouped, tmp_path):
+    folder = run_on({"path": str(grouped), "name": "b", "where": {"group": "ann"}})
+    config = pairs_config(folder, dataset=str(dataset), out=str(tmp_path / "out"))
+    assert (config.name, config.where) == (None, None)
+    assert evaluate_pairs(config)["pairs"] == 10
+
+
+def test_of_a_run_on_several_datasets_one_must_be_named(run_on, dataset, grouped):
+    folder = run_on({"path": str(dataset)}, {"path": str(grouped), "name": "b"})
+    with pytest.raises(UserError, match=rf"was trained on {dataset}, {grouped}; name one, with its `where`"):
+        pairs_config(folder)
+    assert pairs_config(folder, dataset=str(dataset)).dataset == str(dataset)
 
 
 # ---- refused
