@@ -52,14 +52,18 @@ class TrainingResult:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """The last metrics of the run, by name. Raises ValueError if there are several runs."""
+        """The metrics of the model, by name: those of the last step, or of the best with `load_best_model_at_end`.
+
+        Raises ValueError if there are several runs.
+        """
         (run,) = self.runs.values()
         return run["metrics"]
 
     def __repr__(self) -> str:
         from apo.monitoring.callbacks import format_log
+        from apo.run_dir.files import describe_steps
 
-        runs = (f"{out}: {run['steps']:,} steps, {format_log(run['metrics'])}" for out, run in self.runs.items())
+        runs = (f"{out}: {describe_steps(run)}, {format_log(run['metrics'])}" for out, run in self.runs.items())
         return f"<{type(self).__name__} {'; '.join(runs)}>"
 
 

@@ -211,10 +211,10 @@ def _print_estimate(planned: Any, costs: Any) -> None:
 
 def _closing(out: str, run: dict[str, Any]) -> str:
     from apo.monitoring.callbacks import format_log
-    from apo.run_dir.files import describe_size
+    from apo.run_dir.files import describe_size, describe_steps
 
     size, seconds = describe_size(run["data"]["train"]), f"{run['seconds']:.0f} s"
-    summary = f"{size}, {run['steps']:,} steps, {seconds}: {format_log(run['metrics'])}"
+    summary = f"{size}, {describe_steps(run)}, {seconds}: {format_log(run['metrics'])}"
     return f"{summary}\nmodel and card in {out}/, the picture in {out}/dynamics.png"
 
 

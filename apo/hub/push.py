@@ -40,7 +40,7 @@ def files_to_push(
     if checkpoint is not None:
         folder = _checkpoint(run_folder, checkpoint)
         rows = [row for row in rows if row["step"] <= checkpoint]
-        run |= {"steps": checkpoint, "metrics": last_metrics(rows)}
+        run |= {"steps": checkpoint, "metrics": last_metrics(rows), "best": None}
     base_model, replaced = _base_model(folder, str(run["recipe"]["model"]), base)
     recipe = without_secrets({**run["recipe"], "model": base_model or Path(run["recipe"]["model"]).name})
     run |= {"recipe": recipe}

@@ -173,6 +173,19 @@ def describe_counts(count: Mapping[str, Any]) -> str:
     return describe_size(count) + left_out
 
 
+def describe_step(run: Mapping[str, Any]) -> str:
+    """The step of the model and its metrics as text: `the last step`, `step 40, the best of 8 evaluations`."""
+    if not (best := run.get("best")):
+        return "the last step"
+    count = best["evaluations"]
+    return f"step {best['step']:,}, the best {f'of {count:,} evaluations' if count else 'checkpoint'}"
+
+
+def describe_steps(run: Mapping[str, Any]) -> str:
+    """The steps of a run as text: `40 steps`, `40 steps (model of step 20, the best of 8 evaluations)`."""
+    return f"{run['steps']:,} steps" + (f" (model of {describe_step(run)})" if run.get("best") else "")
+
+
 def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
     """Write the model card of a run's folder."""
     write_atomically(out / CARD, card(out.resolve().name, run, adapter=adapter, base_model=run["recipe"]["model"]))
@@ -204,7 +217,7 @@ def card(
         f"{recipe['model']} trained with {objective_title(objective)} (beta {recipe['beta']}) on "
         f"{describe_size(run['data']['train'])} for {run['steps']:,} steps. Left out: {left_out}.\n",
         f"![Chosen and rejected over training]({PICTURE})\n",
-        "At the last step:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",
+        f"At {describe_step(run)}:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",
         *(["## Evaluation\n", "\n".join(evidence) + "\n"] if evidence else []),
         f'```python\nfrom {package} import {loader}\nmodel = {loader}.from_pretrained("{name}")\n```\n',
         "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) + "```\n",

@@ -112,8 +112,12 @@ def _check_same_steps(run: dict[str, Any], planned: Plan, out: Path) -> None:
         )
 
 
-def finish_run(out: Path, seconds: float) -> dict[str, Any]:
-    """Move model, plot, card and the finished run.json into place, in this order: only the last ends the run."""
+def finish_run(out: Path, seconds: float, best: int | None = None, *, is_best: bool = True) -> dict[str, Any]:
+    """Move model, plot, card and the finished run.json into place, in this order: only the last ends the run.
+
+    `best` is the step of the best checkpoint, if its weights are the model, and None for those of the last step.
+    `is_best` is False if an evaluation between two checkpoints was better.
+    """
     from apo.losses.mixture import objective_title
     from apo.monitoring.plots import draw_dynamics
 
@@ -127,6 +131,9 @@ def finish_run(out: Path, seconds: float) -> dict[str, Any]:
     draw_dynamics(
         rows, out / PICTURE, f"{objective_title(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
     )
+    if best is not None:
+        run["best"] = {"step": best, "evaluations": sum("eval_loss" in row for row in rows) if is_best else None}
+        rows = [row for row in rows if row["step"] <= best]
     run |= {"metrics": last_metrics(rows), "seconds": round(seconds, 2), "finished": now()}
     write_card(out, run, adapter=adapter)
     write_json(out / RUN, run)

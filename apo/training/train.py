@@ -18,6 +18,7 @@ from apo.models.load import (
     nf4_config,
     quantization_problem,
 )
+from apo.run_dir.checkpoints import checkpoint_step
 from apo.run_dir.files import (
     HELD_OUT,
     Status,
@@ -274,4 +275,7 @@ def _finish(trainer: APOTrainer, planned: Plan, group: Group, seconds: float) ->
             pairs: Any = trainer.eval_dataset
             lines = (json.dumps(row) + "\n" for row in held_out_rows(pairs, logratios))
             write_atomically(out / HELD_OUT, "".join(lines))
-    return group.broadcast_from_main(lambda: finish_run(out, seconds))
+    state, best = trainer.state, None
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        best = checkpoint_step(Path(state.best_model_checkpoint))
+    return group.broadcast_from_main(lambda: finish_run(out, seconds, best, is_best=best == state.best_global_step))

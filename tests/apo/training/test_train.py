@@ -23,9 +23,11 @@ from apo.run_dir import files as runs
 from apo.training.config import LoRA, TrainConfig
 from apo.training.plan import plan
 from apo.training.train import train
+from apo.training.trainer import APOTrainer
 from clair.core.errors import UserError
 from clair.core.recipe import load_recipe, resolved
 from tests.apo.conftest import TRAINER, make_model, make_pairs, make_tokenizer, write_jsonl
+from tests.apo.training.crashes import CRASHES, Crash, crash_in
 
 
 def run(recipe, **changes):
@@ -75,6 +77,52 @@ def test_the_card_says_what_was_done(recipe):
     assert "apo_down" in head["tags"]
     assert "trained with apo_down (beta 0.2) on 24 pairs for 6 steps" in card
     assert "![Chosen and rejected over training](dynamics.png)" in card
+
+
+BEST = {
+    "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 3,
+    "load_best_model_at_end": True, "metric_for_best_model": "rewards/margins", "greater_is_better": False,
+}  # fmt: skip
+"""The smallest margin is the best, so that the first evaluation is."""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_metrics_are_those_of_the_best_checkpoint_if_it_is_the_model(recipe, stopped):
+    recipe["trainer"] |= BEST
+    if stopped:
+        with pytest.MonkeyPatch.context() as patch:
+            crash_in(CRASHES["after the checkpoint is in place"], 4, patch)
+            with pytest.raises(Crash):
+                run(recipe)
+    record, _ = run(recipe)
+    assert record["resumed_from"] == ([4] if stopped else [])
+    out = Path(recipe["out"])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    margins = {row["step"]: row["eval_rewards/margins"] for row in rows if "eval_loss" in row}
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert list(margins) == [2, 4, 6]
+    assert margins[2] == min(margins.values()) < margins[6]
+    assert (record["metrics"]["eval_rewards/margins"], record["metrics"]["loss"]) == (margins[2], losses[2])
+    assert record["best"] == {"step": 2, "evaluations": 3}
+    saved = load_file(out / "model.safetensors"), load_file(out / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(saved[0][name], weight) for name, weight in saved[1].items())
+    assert "\nAt step 2, the best of 3 evaluations:\n" in (out / "README.md").read_text()
+    closing = cli._closing(recipe["out"], record)
+    assert "24 pairs, 6 steps (model of step 2, the best of 3 evaluations), " in closing
+    assert f" s: held-out loss {record['metrics']['eval_loss']:.4f}" in closing
+
+
+def test_a_better_evaluation_between_two_checkpoints_is_not_hidden(recipe, monkeypatch):
+    recipe["trainer"] |= BEST | {"greater_is_better": True, "save_steps": 4, "max_steps": 7}
+    original, margins = APOTrainer.evaluate, {2: 1.0, 4: 2.0, 6: 3.0, 7: 0.0}
+
+    def evaluate(trainer, *args, **kwargs):
+        return original(trainer, *args, **kwargs) | {"eval_rewards/margins": margins[trainer.state.global_step]}
+
+    monkeypatch.setattr(APOTrainer, "evaluate", evaluate)
+    record, _ = run(recipe)
+    assert record["best"] == {"step": 4, "evaluations": None}
+    assert "\nAt step 4, the best checkpoint:\n" in (Path(recipe["out"]) / "README.md").read_text()
 
 
 def test_lora_leaves_an_adapter_that_can_be_trained_on(recipe, tmp_path):
