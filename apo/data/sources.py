@@ -17,7 +17,7 @@ from pydantic import Field
 
 from apo.data.tokenize import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, needed_columns
 from clair.core.errors import UserError, check_name, list_some, one_line
-from clair.core.recipe import Recipe
+from clair.core.recipe import Recipe, TemplateVariable
 from clair.core.urls import public_url
 from clair.data.preference_sources import load_preferences, split_names
 from clair.data.row_files import kind_of
@@ -47,7 +47,7 @@ class Source(Recipe):
     columns: Mapping[str, str] = {}
     """Names of its columns if they are not prompt, chosen, rejected, completion, label, system and so on:
     {chosen: better}."""
-    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+    chat_template_kwargs: dict[str, TemplateVariable] | None = None
     """Variables of the chat template for rows without a column of that name: {enable_thinking: false}. Absent: none."""
     where: dict[str, str | int | bool] | None = None
     """Use only the rows with these values in these columns, also held out: `{group: ann}`. Absent: all rows."""

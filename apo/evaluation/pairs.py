@@ -23,7 +23,7 @@ from clair.core.errors import UserError
 from clair.core.files import content_hash, write_atomically, write_json
 from clair.core.progress import progress
 from clair.core.provenance import provenance
-from clair.core.recipe import Recipe, resolved
+from clair.core.recipe import Recipe, TemplateVariable, resolved
 from clair.core.statistics import clustered_mean, clustered_score, paired_difference
 from clair.data.contrast import shared_tokens
 from clair.storage.location import Location
@@ -54,7 +54,7 @@ class PairsConfig(Recipe):
     columns: Mapping[str, str] = {}
     where: dict[str, str | int | bool] | None = None
     """Use only the rows with these values in these columns."""
-    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+    chat_template_kwargs: dict[str, TemplateVariable] | None = None
     """Variables of the chat template for rows without a column of that name."""
     beta: float = Field(default=0.1, gt=0)
     limit: int | None = Field(default=None, ge=1)

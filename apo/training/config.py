@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_serializer, field_validator
@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_s
 from apo.data.sources import Source
 from apo.monitoring.guard import Guard
 from clair.core.errors import UserError, near_miss, one_line
-from clair.core.recipe import Recipe
+from clair.core.recipe import Recipe, check_booleans
 
 if TYPE_CHECKING:
     from apo.training.trainer_config import APOConfig
@@ -232,11 +232,17 @@ def _check_types(options: dict[str, Any], owner: type, section: str) -> None:
     hints = typing.get_type_hints(owner) | dict.fromkeys(("fsdp", "init_lora_weights"), bool | str)
     for key, value in options.items():
         try:
-            TypeAdapter(hints[key]).validate_python(value)  # pyright: ignore[reportArgumentType]  # any type form
+            parsed = TypeAdapter(hints[key]).validate_python(value)  # pyright: ignore[reportArgumentType]  # any type form
+            if isinstance(value, Mapping):
+                check_booleans(value)
         except ValidationError as error:
             raise UserError(f"{section}.{key}: {error.errors()[0]['msg']}, got {value!r}") from error
+        except ValueError as error:
+            raise UserError(f"{section}.{key}: {error}") from error
         except PydanticUserError:  # a type that pydantic does not know
             continue
+        if isinstance(parsed, bool) and isinstance(value, str):  # which the trainer takes as true
+            raise UserError(f"{section}.{key}: found {value!r}; allowed: true, false")
 
 
 _POSITIVE = (

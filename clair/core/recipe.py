@@ -11,10 +11,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from clair.core.errors import UserError, near_miss, one_line
 from clair.core.urls import without_secrets
@@ -39,7 +39,7 @@ def check_used(recipe: R, condition: bool, setting: str, *keys: str) -> R:
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads YAML 1.2 values: `1e-6` is a number and `2024-06-01` is text. A repeated key is an error."""
+    """Loads YAML 1.2 values: `1e-6` is a number, `no` and `2024-06-01` are text. A repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         scalar_keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_YAML_11_ONLY = {"tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
+_YAML_11_ONLY = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_11_ONLY]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -60,6 +60,23 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
     list("-+0123456789."),
 )
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def check_booleans(value: Any) -> Any:
+    """`value`. Raises ValueError if it holds `yes`, `no`, `on` or `off`: text in YAML 1.2, and true to who expects a
+    boolean."""
+    for inner in value.values() if isinstance(value, Mapping) else ():
+        check_booleans(inner)
+    if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
+        raise ValueError(f"{value!r} is text; allowed for a boolean: true, false")
+    return value
+
+
+TemplateVariable = Annotated[bool | int | float | str, BeforeValidator(check_booleans)]
+"""The value of a variable of a chat template."""
 
 
 def parse_yaml(text: str) -> Any:

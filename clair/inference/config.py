@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from clair.core.recipe import Recipe, check_used
+from clair.core.recipe import Recipe, TemplateVariable, check_used
 from clair.core.urls import parse_endpoint, without_secrets
 from clair.inference.budget import Price
 
@@ -51,7 +51,7 @@ class ModelConfig(Recipe):
     api_key_env: str | None = None
     extra: Mapping[str, Any] = {}
     """Request options passed through as they are (top_p, max_completion_tokens, reasoning_effort, headers ...)."""
-    chat_template_kwargs: Mapping[str, bool | int | float | str] | None = None
+    chat_template_kwargs: Mapping[str, TemplateVariable] | None = None
     """Variables of the chat template, such as {enable_thinking: false}; a pair gets those of the target."""
     price: Price | Literal["table"] | None = None
     """Per million tokens: {input: 2.50, output: 10}; `table`: the price in genai-prices for this model and URL."""

@@ -292,6 +292,16 @@ def test_the_published_clair_format_is_read(tmp_path, recipe):
         assert published.train.dataset[column][:] == plain.train.dataset[column][:]
 
 
+@pytest.mark.parametrize("key", ["eval", "save", "logging"])
+def test_a_strategy_may_be_no_in_a_file_and_in_set(recipe, tmp_path, key):
+    path = tmp_path / "recipe.yaml"
+    lines = [f"{name}: {recipe[name]}" for name in ("model", "dataset", "out")]
+    path.write_text("\n".join([*lines, f"trainer: {{max_steps: 2, {key}_strategy: no}}"]))
+    in_set = load_recipe(TrainConfig, path, [f"trainer.{key}_strategy=no"])
+    assert load_recipe(TrainConfig, path) == in_set
+    assert getattr(plan(in_set).args, f"{key}_strategy") == "no"
+
+
 # Bad input: one line, before any work, nothing harmed
 
 
@@ -423,6 +433,16 @@ BAD_INPUT = {
     "misspelt key": (keys_are(objectve="dpo"), "unknown key 'objectve' (did you mean 'objective'?)"),
     "misspelt trainer key": (keys_are(trainer={"learning_rat": 1}), "did you mean 'learning_rate'?"),
     "trainer value of a wrong kind": (keys_are(trainer={"warmup_steps": "few"}), "trainer.warmup_steps: Input should"),
+    "text for a boolean": (keys_are(trainer={"bf16": "no"}), "trainer.bf16: found 'no'; allowed: true, false"),
+    "text for a boolean among options": (
+        keys_are(trainer={"gradient_checkpointing_kwargs": {"use_reentrant": "off"}}),
+        "trainer.gradient_checkpointing_kwargs: 'off' is text; allowed for a boolean: true, false",
+    ),
+    "text for a switch of the template": (
+        keys_are(dataset={"path": "PAIRS", "chat_template_kwargs": {"enable_thinking": "No"}}),
+        "chat_template_kwargs.enable_thinking: 'No' is text; allowed for a boolean: true, false, found 'No'",
+    ),
+    "text for held-out pairs": (keys_are(eval="no"), "no dataset has a split 'no'; found: train, test; no file is"),
     "trainer value TRL refuses": (keys_are(trainer={"logging_steps": 0}), "trainer: logging strategy"),
     "no pairs a batch": (keys_are(trainer={"per_device_train_batch_size": 0}), "batch_size is 0; it must be above 0"),
     "no accumulation": (keys_are(trainer={"gradient_accumulation_steps": 0}), "steps is 0; it must be above 0"),

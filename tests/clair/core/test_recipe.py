@@ -56,6 +56,8 @@ class Outer(Recipe):
         ("a 1e-6", "a 1e-6"),
         ("'1e-6'", "1e-6"),
         ("true", True),
+        ("[True, TRUE, false, False, FALSE]", [True, True, False, False, False]),
+        ("[yes, No, ON, off, y, n]", ["yes", "No", "ON", "off", "y", "n"]),
         ("null", None),
         ("", None),
         ("[1e-3, 2]", [1e-3, 2]),
