@@ -172,7 +172,8 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
             raise UserError(f"trainer.{key}: no such option{near}")
     _check_types(config.trainer, APOConfig, "trainer")
     _check_ranges(config.trainer)
-    defaults: dict[str, Any] = {"eval_strategy": "epoch"} if has_eval else {}
+    eval_strategy = "epoch" if config.trainer.get("eval_steps") is None else "steps"
+    defaults: dict[str, Any] = {"eval_strategy": eval_strategy} if has_eval else {}
     defaults |= {"save_total_limit": 2} if config.guard else {}
     defaults |= _batch_sizes(config, processes)
     objective = resolve_mixture(config.objective)

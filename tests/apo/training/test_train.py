@@ -302,6 +302,17 @@ def test_a_strategy_may_be_no_in_a_file_and_in_set(recipe, tmp_path, key):
     assert getattr(plan(in_set).args, f"{key}_strategy") == "no"
 
 
+@pytest.mark.parametrize("key", ["eval", "save", "logging"])
+def test_a_number_of_steps_needs_no_strategy(recipe, key):
+    def settings(**trainer):
+        args = plan(TrainConfig(**{**recipe, "trainer": {"max_steps": 6, **trainer}})).args
+        return getattr(args, f"{key}_strategy"), getattr(args, f"{key}_steps")
+
+    assert settings(**{f"{key}_steps": 2}) == ("steps", 2)
+    assert settings(**{f"{key}_steps": 2, f"{key}_strategy": "epoch"}) == ("epoch", 2)
+    assert settings()[0] == ("epoch" if key == "eval" else "steps")
+
+
 # Bad input: one line, before any work, nothing harmed
 
 
