@@ -41,7 +41,7 @@ class Source(Recipe):
     or at a URL (s3://...); a `datasets` folder or one of `save_to_disk`; or a name on the hub."""
     name: str | None = None
     """The configuration of a dataset that has several."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Repetitions of each row per epoch: 2 is twice, 0.5 is a random half, the same in every epoch."""
     split: str = "train"
     columns: Mapping[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,7 +41,10 @@ _UNSUPPORTED_LORA = {
 }
 """Options of peft that a run cannot use, and why."""
 _NEED_PREPARATION = ("corda", "eva", "loftq", "lora_ga")
-UNSUPPORTED = ("resume_from_checkpoint", "push_to_hub", "do_train", "do_eval", "do_predict", "remove_unused_columns")
+UNSUPPORTED = (
+    *("resume_from_checkpoint", "push_to_hub", "do_train", "do_eval", "do_predict", "remove_unused_columns"),
+    "parallelism_config",  # an object, which no recipe can hold
+)
 
 
 class LoRA(Recipe):
@@ -257,10 +261,11 @@ _POSITIVE = (
 def _check_ranges(options: dict[str, Any]) -> None:
     """Raises UserError for numbers that TRL does not check, and that fail later or train nothing."""
     for key in _POSITIVE:
-        if key in options and not float(options[key]) > 0:
-            raise UserError(f"trainer.{key} is {options[key]!r}; it must be above 0")
-    if (rate := options.get("learning_rate", 0)) and not float(rate) > 0:
-        raise UserError(f"trainer.learning_rate is {rate!r}; it must be 0 or above")
+        if key in options and not 0 < float(options[key]) < math.inf:
+            raise UserError(f"trainer.{key} is {options[key]!r}; it must be above 0, and finite")
+    for key in ("learning_rate", "dataloader_num_workers"):
+        if key in options and not 0 <= float(options[key]) < math.inf:
+            raise UserError(f"trainer.{key} is {options[key]!r}; it must be 0 or above, and finite")
     if (steps := options.get("max_steps", -1)) != -1 and not int(steps) > 0:
         raise UserError(f"trainer.max_steps is {steps!r}; give 1 or more, or leave it out and train num_train_epochs")
 

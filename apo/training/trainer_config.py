@@ -143,6 +143,10 @@ class APOConfig(DPOConfig):
 
     def _choose_by_hardware(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu and self.activation_offloading:
+            raise UserError(
+                "activation_offloading moves activations from a GPU, and this run is on a CPU; leave it out"
+            )
         if self.use_cpu and self.shared_prefix and self.pack_tokens is None:
             self.pack_tokens = PACK_TOKENS_ON_CPU
         if self.bf16 is None:

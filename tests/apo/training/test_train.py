@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -459,6 +460,20 @@ BAD_INPUT = {
     "no accumulation": (keys_are(trainer={"gradient_accumulation_steps": 0}), "steps is 0; it must be above 0"),
     "no epochs": (keys_are(trainer={"num_train_epochs": 0}), "trainer.num_train_epochs is 0; it must be above 0"),
     "no steps": (keys_are(trainer={"max_steps": 0}), "trainer.max_steps is 0; give 1 or more, or leave it out"),
+    "epochs without end": (
+        keys_are(trainer={"num_train_epochs": math.inf}),
+        "num_train_epochs is inf; it must be above 0, and finite",
+    ),
+    "an infinite rate": (keys_are(trainer={"learning_rate": math.inf}), "learning_rate is inf; it must be 0 or above"),
+    "workers below 0": (
+        keys_are(trainer={"dataloader_num_workers": -1}),
+        "dataloader_num_workers is -1; it must be 0 or above",
+    ),
+    "parallelism": (keys_are(trainer={"parallelism_config": {"tp_size": 2}}), "parallelism_config is not offered"),
+    "offloading on a CPU": (
+        keys_are(trainer={"activation_offloading": True, "use_cpu": True}),
+        "activation_offloading moves activations from a GPU, and this run is on a CPU; leave it out",
+    ),
     "a rate below 0": (keys_are(trainer={"learning_rate": -1e-5}), "learning_rate is -1e-05; it must be 0 or above"),
     "a tracker that is not installed": (keys_are(trainer={"report_to": "neptune"}), "neptune is not installed"),
     "a tracker that nobody knows": (keys_are(trainer={"report_to": ["wandbb"]}), "(did you mean 'wandb'?)"),
@@ -544,6 +559,7 @@ BAD_INPUT = {
     ),
     "everything too long": (keys_are(trainer={"max_length": 5}), "0 row(s) are left to train on: 24 are longer than"),
     "weight 0": (keys_are(dataset=[{"path": "PAIRS", "weight": 0}]), "weight: Input should be greater than 0"),
+    "infinite weight": (keys_are(dataset=[{"path": "PAIRS", "weight": math.inf}]), "weight: Input should be a finite"),
     "another recipe's run": (another_run, "holds the run of another recipe (it differs in beta)"),
     "another objective's run": (
         another_objectives_run,
