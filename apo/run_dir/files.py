@@ -28,7 +28,7 @@ from clair.core.errors import UserError
 from clair.core.files import write_atomically, write_json
 from clair.core.out_folder import ANOTHER_RUN, check_out_folder, check_unchanged
 from clair.core.provenance import provenance
-from clair.core.recipe import changed_keys
+from clair.core.recipe import apply_overrides, changed_keys
 from clair.core.urls import without_secrets
 from clair.storage.location import local
 
@@ -110,6 +110,18 @@ def write_new_run(out: Path, recipe: Mapping[str, Any], **facts: Any) -> dict[st
 def redacted_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without the secrets that trainer options can contain, such as tokens."""
     return {**recipe, "trainer": without_secrets(recipe.get("trainer") or {})}
+
+
+def redacted_override(override: str) -> str:
+    """The `--set` argument of a recipe without the secrets that trainer options can contain."""
+    values = apply_overrides({}, [override])
+    value: Any = redacted_recipe(values)
+    if values.get("trainer", {}) == value["trainer"]:
+        return override
+    key = override.partition("=")[0]
+    for part in key.split("."):
+        value = value[part]
+    return f"{key}={json.dumps(value)}"
 
 
 def now() -> str:

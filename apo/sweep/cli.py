@@ -33,12 +33,14 @@ def sweep(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("apo sweep starts one process per run; start it without torchrun")
     quieten()
+    from apo.run_dir.files import redacted_override
     from apo.sweep.grid import check_runs, expand_grid, parse_grid
 
     runs = expand_grid(recipe, parse_grid(grid or []), set_ or [], out)
     with progress("checking the runs"):
         runs = check_runs(runs)
-    arguments = [str(recipe), *(argument for override in set_ or [] for argument in ("--set", override))]
+    overrides = [redacted_override(override) if dry_run else override for override in set_ or []]
+    arguments = [str(recipe), *(argument for override in overrides for argument in ("--set", override))]
     if dry_run:
         _print_plan(runs, arguments)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from apo.sweep.processes import train_runs, visible_devices
 from apo.sweep.results import notes, summarize
 from clair.core.errors import UserError
 from clair.core.progress import Progress
+from clair.core.recipe import parse_yaml
 from clair.core.statistics import best_of
 from clair.core.watched_process import WatchedProcess
 from tests.apo.command import call
@@ -111,6 +113,18 @@ def test_runs_of_other_held_out_pairs_or_a_folder_of_something_else_are_refused(
     assert "has other held-out pairs than" in capsys.readouterr().err
     assert call(monkeypatch, "sweep", recipe_file, "--grid", "beta=0.1,0.2", "--out", recipe_file.parent) == 2
     assert "is not a sweep and not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("secret", ["trainer.hub_token=planted", "trainer={hub_token: planted, max_steps: 4}"])
+def test_a_dry_run_prints_no_secret(monkeypatch, capsys, recipe_file, secret):
+    arguments = ["--grid", "beta=0.1,0.2", "--set", "seed=3", "--set", secret, "--dry-run"]
+    assert call(monkeypatch, "sweep", recipe_file, *arguments) == 0
+    output = capsys.readouterr()
+    assert "planted" not in output.out + output.err
+    command = shlex.split(next(line for line in output.out.splitlines() if line.startswith("apo train")))
+    key, _, text = secret.partition("=")
+    value = {**parse_yaml(text), "hub_token": "[secret]"} if text.startswith("{") else "[secret]"
+    assert command[3:7] == ["--set", "seed=3", "--set", f"{key}={json.dumps(value)}"]
 
 
 def test_a_dry_run_prints_each_command_and_the_cost_and_writes_nothing(monkeypatch, capsys, recipe_file):
