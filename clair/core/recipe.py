@@ -66,8 +66,8 @@ _Loader.add_implicit_resolver(
 
 
 def check_booleans(value: Any) -> Any:
-    """`value`. Raises ValueError if it holds `yes`, `no`, `on` or `off`: text in YAML 1.2, and true to who expects a
-    boolean."""
+    """`value`. Raises ValueError if it holds the text `yes`, `no`, `on` or `off`, each of which counts as true if it is
+    used as a boolean."""
     for inner in value.values() if isinstance(value, Mapping) else ():
         check_booleans(inner)
     if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
