@@ -14,10 +14,10 @@ import yaml
 from apo.cost.fitting import check_fits
 from apo.cost.memory import run_flops
 from apo.data.sources import hash_pairs
-from apo.run_dir.files import Status, run_status
+from apo.run_dir.files import Status
 from apo.training.by_group import value_folder
 from apo.training.config import TrainConfig
-from apo.training.plan import estimate, plan
+from apo.training.plan import estimate, plan_run
 from clair.core.errors import UserError, one_line
 from clair.core.out_folder import check_out_folder
 from clair.core.recipe import load_recipe, parse_yaml, resolved
@@ -130,13 +130,13 @@ def _overrides(values: Mapping[str, Any]) -> list[str]:
 def check_runs(runs: Sequence[SweepRun]) -> list[SweepRun]:
     """Check all runs as `apo train` does, without loading weights. Returns them with status, steps and cost.
 
-    Raises UserError for the first run that cannot be trained, and if the held-out pairs of two runs differ.
+    Raises UserError for the first run that cannot be trained or is of pairs or a model that have changed since, and if
+    the held-out pairs of two runs differ.
     """
     checked, held_out = [], set()
     for run in runs:
         try:
-            status = run_status(run.out, resolved(run.config))
-            planned = plan(run.config)
+            planned, status = plan_run(run.config)
             costs = estimate(planned)
             if not isinstance(costs, str):
                 check_fits(costs.here, costs.machine)

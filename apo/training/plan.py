@@ -13,11 +13,13 @@ from apo.distributed.launch import check_devices, deepspeed_requested, fsdp_requ
 from apo.models.load import ModelName, context_length, find_model, load_generation_config, load_tokenizer
 from apo.monitoring.guard import load_guard
 from apo.monitoring.prediction import check_prediction, read_prediction
-from apo.run_dir.files import template_day
+from apo.run_dir.files import Status, read_run, run_status, template_day
 from apo.training.config import TrainConfig, lora_config, trainer_options
 from apo.training.optimizer_check import check_optimizer, count_steps
+from apo.training.run_json import run_facts
 from apo.training.soft_prompt import check_soft_prompt
 from clair.core.errors import UserError
+from clair.core.recipe import resolved
 from clair.inference.model_folder import unknown_variable
 
 if TYPE_CHECKING:
@@ -168,6 +170,19 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     if args.shared_prefix and args.pack_tokens:
         train.notes.extend(_oversize_notes(train.dataset, args.pack_tokens))
     return planned
+
+
+def plan_run(config: TrainConfig) -> tuple[Plan, Status]:
+    """Plan the run in `config.out` for the processes that it began with, if it exists. Returns its status too.
+
+    Raises UserError as `plan` does, and if the folder holds a run of another recipe, other pairs or another model.
+    """
+    out = Path(config.out)
+    status = run_status(out, resolved(config))
+    planned = plan(config, None if status == "new" else read_run(out).get("processes"))
+    if status != "new":
+        run_facts(planned, status)
+    return planned, status
 
 
 @dataclass(frozen=True)

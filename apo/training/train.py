@@ -29,7 +29,7 @@ from apo.run_dir.files import (
     template_day,
 )
 from apo.training.config import TrainConfig, lora_config
-from apo.training.plan import Plan, estimate, plan
+from apo.training.plan import Plan, estimate, plan, plan_run
 from apo.training.run_json import FINAL, begin_or_resume, finish_run, run_facts
 from clair.core.errors import UserError, one_line
 from clair.core.files import write_atomically
@@ -78,8 +78,7 @@ def _train_each(config: TrainConfig, group: Group, log: Callable[[str], None]) -
         configs = expand_runs(config, log)
     group.check_equal(runs=[run.out for run in configs])
     for run in configs:
-        if _status(run, group) != "finished":
-            _plan_on_all(run, group)
+        _plan_unless_finished(run, group)
     results = {}
     for run in configs:
         log(f"run: {run.out}")
@@ -90,10 +89,10 @@ def _train_each(config: TrainConfig, group: Group, log: Callable[[str], None]) -
 
 def _train(config: TrainConfig, group: Group, log: Callable[[str], None]) -> dict[str, Any]:
     out = Path(config.out)
-    if _status(config, group) == "finished":
+    planned = _plan_unless_finished(config, group)
+    if planned is None:
         log(f"{out} is finished; nothing to do")
         return read_run(out)
-    planned = _plan_on_all(config, group)
     with ExitStack() as stack:
         with group.raise_on_all():
             if group.is_main:
@@ -151,6 +150,14 @@ def _train_planned(planned: Plan, status: Status, group: Group, log: Callable[[s
     started = time.perf_counter()
     _run(trainer, group, checkpoint, out)
     return _finish(trainer, planned, group, time.perf_counter() - started)
+
+
+def _plan_unless_finished(config: TrainConfig, group: Group) -> Plan | None:
+    """The plan of a run; None if it is finished. Raises UserError if it is finished on other pairs or another model."""
+    if _status(config, group) == "finished":
+        group.broadcast_from_main(lambda: plan_run(config)[1])
+        return None
+    return _plan_on_all(config, group)
 
 
 def _plan_on_all(config: TrainConfig, group: Group) -> Plan:

@@ -17,13 +17,16 @@ import torch
 import yaml
 from datasets import Dataset
 
+from apo.run_dir.files import write_new_run
 from apo.sweep import processes
 from apo.sweep.grid import check_runs, expand_grid, parse_grid
 from apo.sweep.processes import train_runs, visible_devices
 from apo.sweep.results import notes, summarize
+from apo.training.plan import plan
+from apo.training.run_json import run_facts
 from clair.core.errors import UserError
 from clair.core.progress import Progress
-from clair.core.recipe import parse_yaml
+from clair.core.recipe import parse_yaml, resolved
 from clair.core.statistics import best_of
 from clair.core.watched_process import WatchedProcess
 from tests.apo.command import call
@@ -141,6 +144,19 @@ def test_a_dry_run_prints_each_command_and_the_cost_and_writes_nothing(monkeypat
     assert "# 4 runs to train; reference log-probs: 1 passes over the pairs, for all of them" in lines
     assert lines[-1].startswith("# work: ")
     assert not (recipe_file.parent / "sweep").exists()
+
+
+@pytest.mark.parametrize("finished", [{}, {"finished": "2026-01-01"}], ids=["unfinished", "finished"])
+def test_a_run_on_pairs_that_have_changed_since_is_refused_before_any_run(recipe_file, finished):
+    runs = expand_grid(recipe_file, parse_grid(["beta=0.1,0.2"]), [])
+    facts = run_facts(plan(runs[0].config), "new")
+    runs[0].out.mkdir(parents=True)
+    write_new_run(runs[0].out, resolved(runs[0].config), **facts, **finished)
+    assert [run.status for run in check_runs(runs)] == ["finished" if finished else "unfinished", "new"]
+    pairs = recipe_file.parent / "pairs/data/train-00000-of-00001.parquet"
+    Dataset.from_list(make_pairs(24, seed=1)).to_parquet(pairs)
+    with pytest.raises(UserError, match=r"^beta-0.1: out: .* holds a run on other pairs: the dataset has changed"):
+        check_runs(runs)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from apo.packing.layout import packed_length
 from apo.run_dir import files as runs
 from apo.training.config import LoRA, TrainConfig
 from apo.training.plan import plan
+from apo.training.run_json import run_facts
 from apo.training.train import train
 from apo.training.trainer import APOTrainer
 from clair.core.errors import UserError
@@ -151,6 +152,33 @@ def test_a_finished_run_is_not_done_again(recipe):
     again, messages = run(recipe)
     assert again == first
     assert messages == [f"{recipe['out']} is finished; nothing to do"]
+
+
+@pytest.mark.parametrize("changed", ["pairs", "model"])
+def test_a_finished_run_on_other_pairs_or_another_model_is_refused(recipe, tmp_path, model_dir, changed):
+    moved = shutil.copytree(model_dir, tmp_path / "model")
+    recipe |= {"dataset": str(write_jsonl(tmp_path / "pairs.jsonl", make_pairs(12))), "model": str(moved)}
+    recipe["trainer"]["max_steps"] = 1
+    run(recipe)
+    files = {"pairs": tmp_path / "pairs.jsonl", "model": moved / "config.json"}
+    content = files[changed].read_text()
+    if changed == "pairs":
+        write_jsonl(files["pairs"], make_pairs(12, seed=1))
+    else:
+        files["model"].write_text(content + "\n")
+    name = {"pairs": "other pairs: the dataset has changed", "model": "another model: the files of .* have changed"}
+    with pytest.raises(UserError, match=f"holds a run on {name[changed]}"):
+        run(recipe)
+    files[changed].write_text(content)
+    assert run(recipe)[1] == [f"{recipe['out']} is finished; nothing to do"]
+
+
+def test_a_run_that_two_processes_finished_is_not_done_again_by_one(recipe):
+    config = TrainConfig(**recipe)
+    facts = run_facts(plan(config, 2), "new")
+    assert (facts["processes"], facts["pairs_per_step"]) == (2, 8)
+    runs.write_new_run(Path(recipe["out"]), resolved(config), **facts, finished="2026-01-01")
+    assert run(recipe)[1] == [f"{recipe['out']} is finished; nothing to do"]
 
 
 def test_a_users_function_trains_from_python(recipe):
