@@ -61,6 +61,11 @@ class PilotConfig(Recipe):
     max_kl: float = Field(default=0.3, ge=0)
     """The guard stops a pilot whose own answers become less likely by more, in nats a token."""
 
+    @property
+    def count(self) -> int:
+        """The number of pilots."""
+        return len(self.objectives) * len(self.displacements)
+
 
 class AdviseConfig(EvaluationConfig):
     """The pairs, the model that will be trained on them, and an optional judge."""

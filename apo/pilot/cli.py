@@ -128,7 +128,7 @@ def _print_pilots(planned: PilotPlan) -> None:
     from apo.pilot.metric import METRICS, metric_name
 
     pilot, metric = planned.pilot, metric_name(planned.config)
-    objectives, count = len(pilot.objectives), planned.count
+    objectives, count = len(pilot.objectives), pilot.count
     names, rates = ", ".join(pilot.objectives), len(pilot.displacements)
     print(f"# pilots: {names}, each at {rates} rates, on 1 in {pilot.one_in} pairs")
     print(f"# at most {MAX_STEPS * objectives:,} steps to match rates, and {count} runs of {planned.steps:,} steps")

@@ -63,6 +63,8 @@ def metric_name(config: AdviseConfig) -> str:
         raise UserError("pilot: give a checker or a benchmark to choose by, not both")
     if pilot.benchmark and pilot.prompts:
         raise UserError("pilot.prompts would be ignored: the benchmark has its own; leave it out")
+    if pilot.benchmark and config.budget:
+        raise UserError(f"budget would not limit the benchmark; leave it out, and give {pilot.benchmark} one")
     name = "benchmark" if pilot.benchmark else "checker" if pilot.checker else "judge" if config.judge else None
     if name is None:
         raise UserError("pilot: nothing to choose by; give a judge, pilot.checker or pilot.benchmark")
@@ -216,6 +218,7 @@ def benchmark_config(path: str) -> IFEvalConfig | MixEvalConfig:
 
 
 def _by_benchmark(config: AdviseConfig, models: Mapping[str, str]) -> Gains:
+    """Evaluate each model with its part of the benchmark's budget, which is the same if the guard stops pilots."""
     assert config.pilot is not None
     assert config.pilot.benchmark is not None
     recipe, folders = benchmark_config(config.pilot.benchmark), []
@@ -226,6 +229,7 @@ def _by_benchmark(config: AdviseConfig, models: Mapping[str, str]) -> Gains:
                 "model": recipe.model.model_copy(update={"path": folder}),
                 "out": config.out / "answers" / name,
                 "ledger": recipe.ledger or str(config.ledger_path),
+                "budget": recipe.budget and recipe.budget.share(1 + config.pilot.count),
             }
         )
         outcome = _evaluate(evaluation, name)

@@ -52,11 +52,6 @@ class PilotPlan:
         """The result folder."""
         return Path(self.config.out)
 
-    @property
-    def count(self) -> int:
-        """The number of pilots."""
-        return len(self.pilot.objectives) * len(self.pilot.displacements)
-
     def share(self, matching_steps: int, pilot_steps: int) -> float:
         """The cost of so many steps as a share of the whole recipe's."""
         return (matching_steps + pilot_steps) / self.full_steps
@@ -64,7 +59,7 @@ class PilotPlan:
     @property
     def max_share(self) -> float:
         """The highest cost in steps, as a share of the whole recipe's."""
-        return self.share(MAX_STEPS * len(self.pilot.objectives), self.steps * self.count)
+        return self.share(MAX_STEPS * len(self.pilot.objectives), self.steps * self.pilot.count)
 
     def run(self, objective: str, displacement: float, rate: float) -> SweepRun:
         """One pilot."""

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from apo.advice.config import AdviseConfig
+from apo.evaluation.config import Outcome
 from apo.pilot.metric import BASE, measure_gains, metric_name
 from clair.core.errors import UserError
 from clair.core.recipe import resolve
@@ -61,6 +62,27 @@ def test_a_checker_or_a_benchmark_takes_precedence_of_the_judge(tmp_path, pilot,
 def test_prompts_beside_a_benchmark_would_be_ignored(tmp_path):
     with pytest.raises(UserError, match=r"pilot.prompts would be ignored"):
         metric_name(config(tmp_path, {"benchmark": "ifeval.yaml", "prompts": {"path": "p.jsonl"}}))
+
+
+def test_a_budget_beside_a_benchmark_would_not_limit_it(tmp_path):
+    with pytest.raises(UserError, match=r"^budget would not limit the benchmark; leave it out, and give ifeval.yaml"):
+        metric_name(config(tmp_path, {"benchmark": "ifeval.yaml"}, budget={"tokens": 1000}))
+
+
+def test_the_budget_of_a_benchmark_covers_the_base_and_all_pilots(tmp_path, monkeypatch):
+    recipe = {"prompts": "input.jsonl", "model": {"path": str(MODEL)}, "budget": {"tokens": 300}, "out": "unused"}
+    (tmp_path / "ifeval.yaml").write_text(json.dumps(recipe))
+    pilot = {"benchmark": str(tmp_path / "ifeval.yaml"), "objectives": ["sft", "dpo"], "displacements": [0.1]}
+    budgets = {}
+
+    def evaluate(evaluation, name):
+        budgets[name] = evaluation.budget.tokens
+        return Outcome(out=tmp_path, stopped="enough" if name == "sft-0.1" else None)
+
+    monkeypatch.setattr("apo.pilot.metric._evaluate", evaluate)
+    # The guard has stopped the other pilot, which takes nothing away from the parts, and gives them nothing.
+    assert measure_gains(config(tmp_path, pilot), {BASE: "m", "sft-0.1": "n"}, [], print).stopped == "enough"
+    assert budgets == {BASE: 100, "sft-0.1": 100}
 
 
 @pytest.mark.slow
