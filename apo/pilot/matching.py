@@ -61,11 +61,13 @@ def matched_rates(
     }
 
 
-def next_rate(trials: Sequence[Trial], targets: Sequence[float], first: float) -> float | None:
+def next_rate(
+    trials: Sequence[Trial], targets: Sequence[float], first: float, max_trials: int = MAX_TRIALS
+) -> float | None:
     """The rate of the next trial: `first`, then the one for the first target that no trial matches; None at the end."""
     if not trials:
         return first
-    if len(trials) >= MAX_TRIALS:
+    if len(trials) >= max_trials:
         return None
     for target in targets:
         if not any(is_match(moved, target) for _, moved in trials):
@@ -79,7 +81,10 @@ def is_match(moved: float, target: float) -> bool:
 
 
 class RateTrials(TrainerCallback):
-    """Runs the trials of one objective inside one training run, and stops it after the last."""
+    """Runs the trials of one objective inside one training run, and stops it after the last.
+
+    `earlier` are trials of such a run before: they count as this run's own, which makes up to `MAX_TRIALS` more.
+    """
 
     def __init__(
         self,
@@ -87,8 +92,10 @@ class RateTrials(TrainerCallback):
         targets: Sequence[float],
         first: float,
         advance: Callable[[], object] = lambda: None,
+        earlier: Sequence[Trial] = (),
     ) -> None:
-        self.trials: list[Trial] = []
+        self.trials = list(earlier)
+        self._max_trials = len(earlier) + MAX_TRIALS
         self._measure, self._targets, self._first, self._advance = measure, targets, first, advance
         self._rate = first
         self._before: Sequence[float] = ()
@@ -106,14 +113,19 @@ class RateTrials(TrainerCallback):
             self._weights = {name: weight.detach().to("cpu", copy=True) for name, weight in trained}
             self._optimizer = copy.deepcopy(objects["optimizer"].state_dict())
             self._before = self._measure()
+            if self.trials:
+                self._continue(control, objects)
         elif step > 0 and step % WINDOW == 0:
             changes = [abs(now - before) for before, now in zip(self._before, self._measure(), strict=True)]
             self.trials.append((self._rate, fmean(changes)))
-            rate = next_rate(self.trials, self._targets, self._first)
-            if rate is None:
-                control.should_training_stop = True
-            else:
-                self._begin(rate, objects)
+            self._continue(control, objects)
+
+    def _continue(self, control: TrainerControl, objects: dict[str, Any]) -> None:
+        rate = next_rate(self.trials, self._targets, self._first, self._max_trials)
+        if rate is None:
+            control.should_training_stop = True
+        else:
+            self._begin(rate, objects)
 
     def _begin(self, rate: float, objects: dict[str, Any]) -> None:
         import torch
@@ -152,9 +164,15 @@ def matching_config(pilot: TrainConfig, first: float, out: Path) -> TrainConfig:
 
 
 def run_trials(
-    config: TrainConfig, targets: Sequence[float], advance: Callable[[], object] = lambda: None
+    config: TrainConfig,
+    targets: Sequence[float],
+    advance: Callable[[], object] = lambda: None,
+    earlier: Sequence[Trial] = (),
 ) -> list[Trial]:
-    """Train the trials of `config`, made by `matching_config`. Returns rates with their displacements."""
+    """Train the trials of `config`, made by `matching_config`, that are missing after `earlier` ones.
+
+    Returns the rates of all with their displacements.
+    """
     from apo.monitoring.callbacks import InterruptCallback, MetricsCallback, ProgressBarCallback
     from apo.training.plan import plan
     from apo.training.train import build_trainer
@@ -170,7 +188,7 @@ def run_trials(
         logps = trainer.response_logps(examples)
         return [logp / len(row["chosen_ids"]) for logp, row in zip(logps, examples, strict=True)]
 
-    trials = RateTrials(measure, targets, float(config.trainer["learning_rate"]), advance)
+    trials = RateTrials(measure, targets, float(config.trainer["learning_rate"]), advance, earlier)
     trainer.add_callback(trials)
     try:
         trainer.train()

@@ -22,6 +22,7 @@ from clair.data.records import Prompt, content_id
 from clair.pipeline.checker import check_checker
 
 FOLDER = "pilots"
+RATES, RESULT, PICTURE = "rates.json", "pilot.json", "pilot.png"
 RAISES_WINNERS = frozenset({"sft", "apo_zero", "apo_hinge_zero", "apo_zero_unpaired"})
 """Objectives that should make chosen answers more likely. The others may lower them, and are not stopped for it."""
 _SCALED = ("max_steps", "warmup_steps")

@@ -5,24 +5,37 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from apo.advice.rule import suggest_learning_rate
 from apo.advice.run import run as run_advice
+from apo.data.sources import hash_pairs
 from apo.evaluation.config import Outcome, redacted
 from apo.evaluation.intervals import mean_with_interval
+from apo.models.load import hash_model_files
 from apo.monitoring.result_plots import draw_pilots
 from apo.pilot.decision import PilotVerdict, decide
-from apo.pilot.matching import WARM_UP, WINDOW, free_memory, matched_rates, matching_config, run_trials
+from apo.pilot.matching import (
+    MAX_TRIALS,
+    WARM_UP,
+    WINDOW,
+    free_memory,
+    matched_rates,
+    matching_config,
+    next_rate,
+    run_trials,
+)
 from apo.pilot.metric import BASE, METRICS, Gains, measure_gains, metric_name
-from apo.pilot.plan import FOLDER, PilotPlan
+from apo.pilot.plan import FOLDER, PICTURE, RATES, RESULT, PilotPlan, pilot_name
 from apo.pilot.tables import pilot_lines, pilot_table
 from apo.run_dir.checkpoints import checkpoints
-from apo.run_dir.files import RUN, read_run, redacted_recipe
+from apo.run_dir.files import RUN, read_run, redacted_recipe, today
 from apo.sweep.grid import SweepRun, check_runs
 from apo.sweep.processes import train_runs, visible_devices
 from apo.sweep.results import summarize
 from apo.training.config import TrainConfig
+from apo.training.plan import plan
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_json
 from clair.core.out_folder import check_unchanged
@@ -37,7 +50,6 @@ if TYPE_CHECKING:
 
     from apo.advice.config import AdviceInputs
 
-RATES, RESULT, PICTURE = "rates.json", "pilot.json", "pilot.png"
 Log = Callable[[str], None]
 
 
@@ -82,14 +94,15 @@ def run(planned: PilotPlan, *, inputs: AdviceInputs | None = None, log: Log = la
     with lock_output(out):
         order = [name for name in advice["pilot_order"] if name in planned.pilot.objectives]
         order += [name for name in planned.pilot.objectives if name not in order]
-        trials = match_rates(planned, order, int(advice["evidence"]["parameters"]), log)
-        runs = pilot_runs(planned, order, trials)
+        trials, rates = match_rates(planned, order, int(advice["evidence"]["parameters"]), log)
+        runs = pilot_runs(planned, order, rates)
         failed = _train(runs, planned, log)
         completed = [run for run in runs if run.name not in failed and stop_reason(run) is None]
         if not completed:
             reasons = "; ".join(f"{run.name}: {failed.get(run.name) or stop_reason(run)}" for run in runs[:2])
             raise UserError(
-                f"no pilot came to its end ({reasons}); lower pilot.displacements, or look into {out}/{FOLDER}"
+                f"no pilot came to its end ({reasons}); lower pilot.displacements, raise pilot.max_kl, or look into "
+                f"{out}/{FOLDER}"
             )
         models = {BASE: str(config.model.path), **{run.name: str(run.out) for run in completed}}
         gains = measure_gains(config, models, planned.prompts, log)
@@ -110,38 +123,58 @@ def run(planned: PilotPlan, *, inputs: AdviceInputs | None = None, log: Log = la
 # ---- rates
 
 
-def match_rates(planned: PilotPlan, order: Sequence[str], parameters: int, log: Log) -> dict[str, list[list[float]]]:
-    """The trials of each objective, from rates.json or run now. Raises UserError if the file is of other settings."""
+def match_rates(
+    planned: PilotPlan, order: Sequence[str], parameters: int, log: Log
+) -> tuple[dict[str, list[list[float]]], dict[str, float]]:
+    """The trials of each objective and the rate of each pilot, from rates.json or made now.
+
+    New displacements continue the trials; the rates of earlier ones stay. Raises UserError if the file is of another
+    recipe, other pairs or another model.
+    """
     file = planned.out / RATES
     base = load_recipe(TrainConfig, planned.pilot.recipe, planned.overrides)
-    settings = _matching_settings(planned, base)
-    state = read_json(file) if file.is_file() else {"format": 1, "settings": settings, "trials": {}}
-    changed = changed_keys(state["settings"], settings)
+    saved = read_json(file) if file.is_file() else {}
+    state = {"format": 1, "day": today(), "trials": {}, "rates": {}, **saved}
+    settings = _matching_settings(base, state["day"])
+    changed = changed_keys(state.setdefault("settings", settings), settings)
     check_unchanged(str(planned.out), "pilots of another recipe", changed)
     first = float(base.trainer.get("learning_rate") or suggest_learning_rate(parameters) * (10 if base.lora else 1))
     for objective in order:
-        if objective in state["trials"]:
+        names = {target: pilot_name(objective, target) for target in planned.pilot.displacements}
+        targets = [target for target, name in names.items() if name not in state["rates"]]
+        if not targets:
             continue
-        config = base.model_copy(update={"objective": objective})
-        config = matching_config(config, first, planned.out / FOLDER / ".matching")
-        log(f"matching the learning rate of {objective}")
-        with progress(f"steps at trial rates, {objective}", int(config.trainer["max_steps"])) as bar:
-            state["trials"][objective] = run_trials(config, planned.pilot.displacements, bar.advance)
-        free_memory()
+        earlier = [(rate, moved) for rate, moved in state["trials"].get(objective, [])]
+        if next_rate(earlier, targets, first, len(earlier) + MAX_TRIALS) is not None:
+            config = base.model_copy(update={"objective": objective})
+            config = matching_config(config, first, planned.out / FOLDER / ".matching")
+            log(f"matching the learning rate of {objective}")
+            with progress(f"steps at trial rates, {objective}", int(config.trainer["max_steps"])) as bar:
+                state["trials"][objective] = run_trials(config, targets, bar.advance, earlier)
+            free_memory()
+        rates = matched_rates({objective: state["trials"][objective]}, targets)
+        state["rates"] |= {pilot_name(*cell): rate for cell, rate in rates.items()}
         write_json(file, state)
-    return state["trials"]
+    return state["trials"], state["rates"]
 
 
-def _matching_settings(planned: PilotPlan, base: TrainConfig) -> dict[str, Any]:
+def _matching_settings(base: TrainConfig, day: str) -> dict[str, Any]:
+    """What matched rates depend on: recipe, pairs of both splits, and model. `day` is the date in chat templates."""
     ignored = ("out", "guard", "eval_rows", "probe", "samples", "objective")
     recipe = {key: value for key, value in redacted_recipe(resolved(base)).items() if key not in ignored}
-    return {"recipe": recipe, "displacements": list(planned.pilot.displacements)}
+    pairs = plan(base, day=day)
+    return {
+        "recipe": recipe,
+        "pairs": pairs.pairs_hash,
+        "held_out": hash_pairs(pairs.eval.dataset) if pairs.eval else None,
+        "model_sha256": hash_model_files(pairs.name),
+    }
 
 
-def pilot_runs(planned: PilotPlan, order: Sequence[str], trials: Mapping[str, Sequence[Any]]) -> list[SweepRun]:
+def pilot_runs(planned: PilotPlan, order: Sequence[str], rates: Mapping[str, float]) -> list[SweepRun]:
     """The pilots at their matched rates, checked. Raises UserError as `apo sweep` does."""
-    rates = matched_rates({objective: trials[objective] for objective in order}, planned.pilot.displacements)
-    return check_runs([planned.run(*cell, rate) for cell, rate in rates.items()])
+    cells = product(order, planned.pilot.displacements)
+    return check_runs([planned.run(*cell, rates[pilot_name(*cell)]) for cell in cells])
 
 
 # ---- training
@@ -165,10 +198,11 @@ def _train(runs: Sequence[SweepRun], planned: PilotPlan, log: Log) -> dict[str, 
 
 
 def stop_reason(run: SweepRun) -> str | None:
-    """Why the guard stopped a pilot, with the step; None if it did not."""
+    """Why the guard, with the limits that it has now, stopped a pilot, with the step; None if it did not."""
     if not (run.out / RUN).is_file():
         return None
-    by_guard = [stop for stop in read_run(run.out).get("stopped", []) if stop.get("by") == "guard"]
+    guard = resolved(run.config)["guard"]
+    by_guard = [stop for stop in read_run(run.out).get("stopped", []) if stop.get("guard") == guard]
     return f"{by_guard[-1]['why'].partition('; ')[0]}" if by_guard else None
 
 

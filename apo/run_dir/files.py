@@ -135,10 +135,10 @@ def today() -> str:
 
 
 def record_stop(out: Path, step: int, reason: str, *, by_guard: bool = False) -> None:
-    """Record in run.json why training stopped early, and if the guard stopped it."""
+    """Record in run.json why training stopped early, and the guard if it stopped it."""
     if (out / RUN).exists():
         run = read_run(out)
-        stop = {"step": step, "why": reason, "at": now(), **({"by": "guard"} if by_guard else {})}
+        stop = {"step": step, "why": reason, "at": now(), **({"guard": run["recipe"]["guard"]} if by_guard else {})}
         write_json(out / RUN, {**run, "stopped": [*run.get("stopped", []), stop]})
 
 

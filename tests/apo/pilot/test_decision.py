@@ -151,6 +151,22 @@ def test_a_trial_that_moves_nothing_is_followed_by_a_ten_times_higher_rate():
 
 
 def test_each_trial_starts_from_the_state_after_the_warm_up():
+    callback, starts = train_trials((0.03, 0.1))
+    assert starts == pytest.approx([-0.01] * len(starts), rel=1e-4)  # ten steps of warm-up
+    assert [rate for rate, _ in callback.trials] == pytest.approx([1e-3, 1.5e-3, 5e-3], rel=1e-4)
+    assert [moved for _, moved in callback.trials] == pytest.approx([0.02, 0.03, 0.1], rel=1e-4)
+
+
+def test_trials_for_a_new_displacement_continue_the_earlier_ones():
+    earlier = [(1e-3, 0.02), (1.5e-3, 0.03), (5e-3, 0.1), (4e-3, 0.08), (3e-3, 0.06), (2e-3, 0.04)]
+    callback, starts = train_trials((0.01, 0.1), earlier=earlier)
+    assert starts == pytest.approx([-0.01], rel=1e-4)
+    assert callback.trials[:-1] == earlier
+    assert callback.trials[-1] == pytest.approx((5e-4, 0.01), rel=1e-4)
+
+
+def train_trials(targets, **options):
+    """Run trials on a model of one weight. Returns the callback, and the weight at which each trial started."""
     import torch
     from transformers import TrainerControl, TrainerState
 
@@ -158,7 +174,7 @@ def test_each_trial_starts_from_the_state_after_the_warm_up():
     torch.nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    callback = RateTrials(lambda: [model.weight.item()], (0.03, 0.1), 1e-3)
+    callback = RateTrials(lambda: [model.weight.item()], targets, 1e-3, **options)
     state, control, starts = TrainerState(), TrainerControl(), []
     while not control.should_training_stop:
         if state.global_step == 10 or (state.global_step > 10 and (state.global_step - 10) % 20 == 0):
@@ -168,6 +184,4 @@ def test_each_trial_starts_from_the_state_after_the_warm_up():
         schedule.step()
         state.global_step += 1
         callback.on_step_end(None, state, control, model=model, optimizer=optimizer, lr_scheduler=schedule)
-    assert starts == pytest.approx([-0.01] * len(starts), rel=1e-4)  # ten steps of warm-up
-    assert [rate for rate, _ in callback.trials] == pytest.approx([1e-3, 1.5e-3, 5e-3], rel=1e-4)
-    assert [moved for _, moved in callback.trials] == pytest.approx([0.02, 0.03, 0.1], rel=1e-4)
+    return callback, starts

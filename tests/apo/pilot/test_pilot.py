@@ -14,9 +14,18 @@ import pytest
 import yaml
 
 import apo
+from apo.advice.config import AdviseConfig
 from apo.monitoring.result_plots import draw_pilots
-from apo.pilot.plan import pilot_overrides
+from apo.pilot.plan import pilot_overrides, plan_pilots
+from apo.pilot.run import _train as train_pilots
+from apo.pilot.run import match_rates, stop_reason
+from apo.run_dir.files import read_run, record_stop, write_new_run
 from apo.training.config import TrainConfig
+from apo.training.plan import plan
+from apo.training.run_json import run_facts
+from clair.core.errors import UserError
+from clair.core.files import write_json
+from clair.core.recipe import load_recipe, resolved
 from clair.data.dataset import DatasetWriter, load_pairs
 from clair.data.records import Pair
 from recipes.world.running import ROOT
@@ -27,12 +36,17 @@ MODEL = ROOT / "recipes/world/model"
 CHECKER = {"command": [sys.executable, "-m", "recipes.world.checker"], "seconds": 120, "processes": 1}
 
 
-def write_recipes(folder: Path, train: dict | None = None, **pilot) -> Path:
-    """Pairs of the world, right against wrong, a training recipe, and the recipe of the advice."""
-    writer = DatasetWriter(folder / "pairs", seed=0, test_fraction=0.25)
-    for task in distinct_tasks("train", 64, seed=3):
+def write_pairs(folder: Path, seed: int = 3) -> None:
+    """Pairs of the world, right against wrong."""
+    writer = DatasetWriter(folder, seed=0, test_fraction=0.25)
+    for task in distinct_tasks("train", 64, seed):
         writer.add(Pair(task.id, ({"role": "user", "content": task.prompt},), task.right, task.wrong).row())
     writer.close(keep=True)
+
+
+def write_recipes(folder: Path, train: dict | None = None, **pilot) -> Path:
+    """Pairs of the world, a training recipe, and the recipe of the advice."""
+    write_pairs(folder / "pairs")
     trainer = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "logging_steps": 2, "use_cpu": True}
     recipe = {"model": str(MODEL), "dataset": str(folder / "pairs"), "trainer": trainer, "probe": 0, "samples": 0}
     (folder / "train.yaml").write_text(yaml.safe_dump({**recipe, "out": str(folder / "full"), **(train or {})}))
@@ -81,6 +95,62 @@ def test_flags_without_a_pilot_are_refused(monkeypatch, capsys, tmp_path):
     assert "--then-train is for --pilot" in capsys.readouterr().err
     assert call(monkeypatch, "advise", recipe, "--pilot", "--set", "pilot=null", "--dry-run") == 2
     assert "--pilot needs `pilot: {recipe: train.yaml}`" in capsys.readouterr().err
+
+
+def test_new_displacements_keep_the_rates_and_continue_the_trials_of_earlier_ones(monkeypatch, tmp_path):
+    calls = []
+
+    def run_trials(config, targets, advance, earlier):
+        calls.append((config.objective, list(targets), earlier))
+        return [*earlier, *((target / 300, target * 1.02) for target in targets)]
+
+    def match(*displacements: float, seed: int = 3):
+        recipe = write_recipes(tmp_path, checker=CHECKER, objectives=["sft"], displacements=list(displacements))
+        write_pairs(tmp_path / "pairs", seed)
+        planned = plan_pilots(load_recipe(AdviseConfig, recipe))
+        return match_rates(planned, ["sft"], 10**6, lambda _: None)
+
+    monkeypatch.setattr("apo.pilot.run.run_trials", run_trials)
+    (tmp_path / "advice").mkdir()
+    trials, rates = match(0.03, 0.1)
+    assert calls == [("sft", [0.03, 0.1], [])]
+    lower_trials, lower_rates = match(0.01, 0.03)
+    assert calls[1:] == [("sft", [0.01], [tuple(trial) for trial in trials["sft"]])]
+    assert lower_trials["sft"] == [*calls[1][2], (pytest.approx(3.3e-5, rel=0.05), pytest.approx(0.0102))]
+    assert lower_rates == {**rates, "sft-0.01": pytest.approx(3.3e-5, rel=0.05)}
+    match(0.0105)  # an earlier trial matches it
+    assert len(calls) == 2
+    with pytest.raises(UserError, match=r"holds pilots of another recipe \(it differs in held_out, pairs\)"):
+        match(0.03, seed=4)
+
+
+def test_a_stop_is_final_for_the_limits_that_stopped_the_pilot_alone(monkeypatch, tmp_path):
+    def pilot(max_kl: float):
+        recipe = write_recipes(tmp_path, checker=CHECKER, objectives=["sft"], max_kl=max_kl)
+        planned = plan_pilots(load_recipe(AdviseConfig, recipe))
+        return planned, planned.run("sft", 0.1, 1e-5)
+
+    def started(max_kl: float):
+        """The pilots that would be trained under this limit."""
+        names: list[str] = []
+        monkeypatch.setattr("apo.pilot.run.train_runs", lambda runs, *_: names.extend(run.name for run in runs) or {})
+        planned, run = pilot(max_kl)
+        train_pilots([run], planned, lambda _: None)
+        return names
+
+    _, run = pilot(0.3)
+    write_new_run(run.out, resolved(run.config))
+    record_stop(run.out, 4, "step 4: own answers fell; lower the rate", by_guard=True)
+    assert stop_reason(run) == "step 4: own answers fell"
+    assert started(0.3) == []
+    _, longer = pilot(5.0)
+    assert stop_reason(longer) is None
+    assert started(5.0) == ["sft-0.1"]
+    write_json(run.out / "run.json", {**read_run(run.out), "recipe": resolved(longer.config)})
+    assert started(5.0) == ["sft-0.1"]  # it was killed after it had gone on
+    record_stop(run.out, 9, "step 9: own answers fell; lower the rate", by_guard=True)
+    assert stop_reason(longer) == "step 9: own answers fell"
+    assert started(5.0) == []
 
 
 def test_pilots_have_a_third_of_the_pairs_and_a_whole_schedule_that_is_shorter_by_as_much():
