@@ -47,7 +47,7 @@ def advise(
     config = read_recipe(context, AdviseConfig, recipe, set_, out)
     with progress("checking the pairs"):
         inputs = load_inputs(config)
-        planned = _plan(config) if pilot else None
+        planned = _plan(config, then_train) if pilot else None
     if dry_run:
         _print_plan(config, inputs)
         if planned:
@@ -75,10 +75,10 @@ def advise(
         _train(planned, outcome.result["recommended"])
 
 
-def _plan(config: AdviseConfig) -> PilotPlan:
+def _plan(config: AdviseConfig, then_train: bool) -> PilotPlan:
     from apo.pilot.plan import plan_pilots
 
-    return plan_pilots(config)
+    return plan_pilots(config, then_train=then_train)
 
 
 def _run(

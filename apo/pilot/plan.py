@@ -14,8 +14,9 @@ from apo.pilot.matching import MAX_STEPS
 from apo.pilot.metric import benchmark_config, metric_name
 from apo.sweep.grid import SweepRun, check_runs, make_run
 from apo.training.config import TrainConfig
-from apo.training.plan import plan
+from apo.training.plan import plan, plan_run
 from clair.core.errors import UserError, check_name
+from clair.core.files import read_json
 from clair.core.recipe import load_recipe
 from clair.data.prompt_sources import read_prompts
 from clair.data.records import Prompt, content_id
@@ -78,8 +79,11 @@ def pilot_name(objective: str, displacement: float) -> str:
     return f"{objective}-{displacement:g}"
 
 
-def plan_pilots(config: AdviseConfig) -> PilotPlan:
-    """Check the recipe's pilots. Raises UserError for the user's mistakes."""
+def plan_pilots(config: AdviseConfig, *, then_train: bool = False) -> PilotPlan:
+    """Check the recipe's pilots, one of each objective, and with `then_train` the `out` of the training recipe.
+
+    Raises UserError for the user's mistakes.
+    """
     from apo.losses.objectives import OBJECTIVES
 
     pilot = config.pilot
@@ -97,10 +101,29 @@ def plan_pilots(config: AdviseConfig) -> PilotPlan:
     overrides = pilot_overrides(full, pilot.one_in)
     prompts = [] if metric == "benchmark" else _prompts(pilot, full)
     planned = PilotPlan(config, full, overrides, prompts, 0, plan(full).steps)
-    # Without the guard, whose answers the model has not given yet, and in a folder that no pilot has.
-    values = {"objective": pilot.objectives[0]}
-    (checked,) = check_runs([make_run(pilot.recipe, overrides, planned.out / FOLDER / ".plan", values)])
-    return PilotPlan(config, full, overrides, prompts, checked.steps, planned.full_steps)
+    if then_train:
+        _check_full_out(planned)
+    runs = []
+    for name in pilot.objectives:
+        # Without the guard, whose answers the model has not given yet, and in a folder that no pilot has.
+        folder = planned.out / FOLDER / ".plan" / name
+        try:
+            runs += check_runs([make_run(pilot.recipe, overrides, folder, {"objective": name})])
+        except UserError as error:
+            raise UserError(f"pilot.objectives: {name}: {str(error).removeprefix(f'{name}: ')}") from error
+    return PilotPlan(config, full, overrides, prompts, max(run.steps for run in runs), planned.full_steps)
+
+
+def _check_full_out(planned: PilotPlan) -> None:
+    """Raise UserError unless the training recipe's `out` is free, or holds the run that these pilots recommended."""
+    file, result = planned.pilot.recipe, planned.out / RESULT
+    recommended = read_json(result)["recommended"] if result.is_file() else None
+    try:
+        status = plan_run(load_recipe(TrainConfig, file, recommended or ()))[1]
+    except UserError as error:
+        raise UserError(f"pilot.recipe: {file} cannot be trained by --then-train: {error}") from error
+    if status != "new" and not recommended:
+        raise UserError(f"pilot.recipe: `out` of {file}, {planned.full.out}, holds a run; --then-train needs another")
 
 
 def pilot_overrides(full: TrainConfig, one_in: int) -> list[str]:

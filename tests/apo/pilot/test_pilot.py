@@ -69,6 +69,11 @@ def write_recipes(folder: Path, train: dict | None = None, **pilot) -> Path:
         ({"dataset": "other.jsonl"}, {"checker": CHECKER}, "trains on other.jsonl, and the advice is about"),
         ({"by": "group"}, {"checker": CHECKER}, "trains a model for each value of 'group'"),
         ({"eval": False}, {"checker": CHECKER}, "give pilot.prompts, or hold out pairs"),
+        (
+            {"trainer": {"use_cpu": True, "metric_for_best_model": "eval_rewards/accuracies"}},
+            {"checker": CHECKER, "objectives": ["apo_zero", "sft"]},
+            "pilot.objectives: sft: ",
+        ),
     ],
 )
 def test_what_cannot_be_piloted_is_refused_before_any_work(monkeypatch, capsys, tmp_path, train, pilot, message):
@@ -95,6 +100,29 @@ def test_flags_without_a_pilot_are_refused(monkeypatch, capsys, tmp_path):
     assert "--then-train is for --pilot" in capsys.readouterr().err
     assert call(monkeypatch, "advise", recipe, "--pilot", "--set", "pilot=null", "--dry-run") == 2
     assert "--pilot needs `pilot: {recipe: train.yaml}`" in capsys.readouterr().err
+
+
+def begin_run(recipe: Path, *overrides: str) -> None:
+    """Write the run.json of a run of a training recipe."""
+    config = load_recipe(TrainConfig, recipe, overrides)
+    write_new_run(Path(config.out), resolved(config), **run_facts(plan(config), "new"))
+
+
+def test_a_full_run_that_could_not_be_trained_after_the_pilots_is_refused_before_them(monkeypatch, capsys, tmp_path):
+    recipe = write_recipes(tmp_path, checker=CHECKER, objectives=["sft"])
+    begin_run(tmp_path / "train.yaml")
+    assert call(monkeypatch, "advise", recipe, "--pilot", "--then-train", "--dry-run") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith(f"{tmp_path}/full, holds a run; --then-train needs another")
+    config = load_recipe(AdviseConfig, recipe)
+    assert plan_pilots(config).full_steps == 39
+
+    recommended = ["objective=sft", "trainer.learning_rate=2e-05"]
+    write_json(tmp_path / "advice/pilot.json", {"recommended": recommended})
+    with pytest.raises(UserError, match="holds the run of another recipe"):
+        plan_pilots(config, then_train=True)
+    begin_run(tmp_path / "train.yaml", *recommended)
+    assert plan_pilots(config, then_train=True).full_steps == 39
 
 
 def test_new_displacements_keep_the_rates_and_continue_the_trials_of_earlier_ones(monkeypatch, tmp_path):
