@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from apo.advice.rule import COARSE, FINE, sample_size
 from apo.evaluation.config import EvaluationConfig, check_result_folder, with_batch_tokens
@@ -73,11 +73,27 @@ class AdviseConfig(EvaluationConfig):
     dataset: Location
     model: TrainedModelConfig
     judge: JudgeConfig | None = None
-    difference: float = Field(default=FINE, gt=0, lt=0.5)
-    """The difference from one half that the sample is large enough to detect."""
+    difference: float = Field(default=FINE, gt=0, allow_inf_nan=False)
+    """The difference from one half that the sample is large enough to detect; the gain that matters among pilots.
+
+    With `pilot.checker` it is a gain in the checker's own unit, and the sample has its default size.
+    """
     seed: int = 0
     pilot: PilotConfig | None = None
     """Short training runs to choose by, for `--pilot`."""
+
+    @model_validator(mode="after")
+    def _check_difference(self) -> AdviseConfig:
+        if self.sample_difference >= 0.5:
+            raise ValueError(
+                "difference must be below 0.5: a share; with pilot.checker, any gain in the checker's unit"
+            )
+        return self
+
+    @property
+    def sample_difference(self) -> float:
+        """The difference from one half that the sample is large enough to detect."""
+        return FINE if self.pilot and self.pilot.checker else self.difference
 
     @property
     def models(self) -> dict[str, ModelConfig]:
@@ -129,7 +145,7 @@ def load_inputs(config: AdviseConfig) -> AdviceInputs:
             f"{sample_size(COARSE)} are needed to detect winners that win 3 times of 4, {sample_size(FINE)} for 3 of 5"
         )
     drawn = sorted(different, key=lambda prompt: content_hash([config.seed, prompt]))
-    sample = [different[prompt] for prompt in drawn[: sample_size(config.difference)]]
+    sample = [different[prompt] for prompt in drawn[: sample_size(config.sample_difference)]]
     strange = Counter(mismatch for row in sample if (mismatch := template_mismatch(row["prompt"], tokenizer)))
     return AdviceInputs(sample, len(rows), len(different), *own_shares(config), dict(strange), template)
 

@@ -134,6 +134,8 @@ def _print_pilots(planned: PilotPlan) -> None:
     print(f"# at most {MAX_STEPS * objectives:,} steps to match rates, and {count} runs of {planned.steps:,} steps")
     print(f"# that is at most {planned.max_share:.2g} of a full run's {planned.full_steps:,} steps")
     print(f"# chosen by: {METRICS[metric]}")
+    if metric == "checker":
+        print(f"# a gain that matters: {planned.config.difference:g} of the checker's score (difference)")
     if planned.prompts:
         verdicts = f"; judge: at most {2 * count * len(planned.prompts):,} verdicts" if metric == "judge" else ""
         print(f"# {len(planned.prompts):,} prompts, {(count + 1) * len(planned.prompts):,} answers{verdicts}")

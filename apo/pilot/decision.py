@@ -37,11 +37,13 @@ def decide(
     clusters: Sequence[Hashable],
     objectives: Mapping[str, str],
     difference: float,
+    unit: str = "",
 ) -> PilotVerdict:
     """Choose among pilots by their gains over the base on the same rows.
 
     Train only if the lower end of the best pilot's interval, corrected for its selection, is above 0. The certainty is
-    high if the best is also better than every pilot of another objective. `difference` is a gain that matters.
+    high if the best is also better than every pilot of another objective. `difference` is a gain that matters, and
+    `unit` what follows a gain in words.
     """
     names = list(gains)
     values = [list(gains[name]) for name in names]
@@ -60,11 +62,11 @@ def decide(
     if not math.isnan(estimate.se) and estimate.hi <= 0:
         return PilotVerdict(None, "high", "no pilot is as good as the base", ci95=(lo, hi), **numbers)
     if hi < difference:
-        reason = f"the best pilot gains less than {difference:g}, if anything"
+        reason = f"the best pilot gains less than {difference:g}{unit}, if anything"
         return PilotVerdict(None, "fair", reason, ci95=(lo, hi), **numbers)
     target = best.corrected if best.corrected >= difference / 5 else difference
     needed = rows_needed(values[best.candidate], clusters, target)
-    reason = f"too few prompts to say: {len(set(clusters))}, and {needed} would detect a gain of {target:.2g}"
+    reason = f"too few prompts to say: {len(set(clusters))}, and {needed} would detect a gain of {target:.2g}{unit}"
     return PilotVerdict(None, "low", reason, ci95=(lo, hi), needed=needed, **numbers)
 
 

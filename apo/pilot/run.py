@@ -80,7 +80,8 @@ def run(planned: PilotPlan, *, inputs: AdviceInputs | None = None, log: Log = la
     Raises UserError for what the user can correct, and KeyboardInterrupt after Ctrl-C; the same call goes on.
     """
     config, out = planned.config, planned.out
-    evidence = run_advice(config.model_copy(update={"pilot": None}), inputs=inputs, log=log)
+    without_pilots = config.model_copy(update={"pilot": None, "difference": config.sample_difference})
+    evidence = run_advice(without_pilots, inputs=inputs, log=log)
     if evidence.result is None:
         return PilotOutcome(
             out=out, failed=evidence.failed, first_failure=evidence.first_failure, stopped=evidence.stopped
@@ -113,7 +114,8 @@ def run(planned: PilotPlan, *, inputs: AdviceInputs | None = None, log: Log = la
                 f"{len(set(gains.clusters))} prompt has a score of every model; two are needed, and many more"
             )
         objectives = {run.name: str(run.values["objective"]) for run in runs}
-        verdict = decide(gains.by_pilot, gains.clusters, objectives, config.difference)
+        unit = " of the checker's score" if metric_name(config) == "checker" else ""
+        verdict = decide(gains.by_pilot, gains.clusters, objectives, config.difference, unit)
         result = _result(planned, runs, failed, trials, gains, verdict, advice)
         write_json(out / RESULT, result)
         draw_pilots(result, out / PICTURE)

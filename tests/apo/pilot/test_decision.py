@@ -24,9 +24,9 @@ def gains(*shares: float, n: int = 60, seed: int = 0) -> list[list[float]]:
     ]
 
 
-def chosen(values: list[list[float]], difference: float = 0.1):
+def chosen(values: list[list[float]], difference: float = 0.1, unit: str = ""):
     named = dict(zip(OBJECTIVES, values, strict=True))
-    return decide(named, range(len(values[0])), OBJECTIVES, difference)
+    return decide(named, range(len(values[0])), OBJECTIVES, difference, unit)
 
 
 # ---- the choice
@@ -77,6 +77,16 @@ def test_a_gain_that_is_surely_too_small_is_not_called_too_few():
     verdict = chosen(gains(0.1, 0.1, 0.1, seed=5), difference=0.6)
     assert (verdict.choice, verdict.sure, verdict.needed) == (None, "fair", None)
     assert "less than 0.6" in verdict.because
+
+
+def test_scores_on_a_small_scale_need_a_difference_on_that_scale():
+    values = [[gain / 1000 for gain in row] for row in gains(0.1, 0.1, 0.1, seed=5)]
+    unit = " of the checker's score"
+    assert chosen(values, 0.1, unit).because == "the best pilot gains less than 0.1 of the checker's score, if anything"
+    verdict = chosen(values, 0.0001, unit)
+    assert verdict.needed == chosen(gains(0.1, 0.1, 0.1, seed=5)).needed
+    assert verdict.because.startswith("too few prompts to say: 60, and")
+    assert verdict.because.endswith(unit)
 
 
 def test_pilots_that_change_nothing_are_too_few_on_few_prompts():

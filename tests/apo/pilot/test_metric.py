@@ -85,6 +85,18 @@ def test_the_budget_of_a_benchmark_covers_the_base_and_all_pilots(tmp_path, monk
     assert budgets == {BASE: 100, "sft-0.1": 100}
 
 
+@pytest.mark.parametrize(("difference", "pilot"), [(0.5, {}), (2, {}), (0, {"checker": CHECKER})])
+def test_a_gain_that_matters_is_a_share_below_one_half_without_a_checker(tmp_path, difference, pilot):
+    with pytest.raises(UserError, match="difference"):
+        config(tmp_path, pilot, difference=difference)
+
+
+@pytest.mark.parametrize("difference", [0.001, 0.3, 2])
+def test_with_a_checker_a_gain_is_in_its_unit_and_the_sample_of_pairs_has_its_default_size(tmp_path, difference):
+    checked = config(tmp_path, {"checker": CHECKER}, difference=difference)
+    assert (checked.difference, checked.sample_difference) == (difference, 0.1)
+
+
 @pytest.mark.slow
 def test_a_judge_compares_with_the_base_in_both_orders_and_is_paid_once(tmp_path, models):
     with running() as server:

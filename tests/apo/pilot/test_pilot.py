@@ -91,6 +91,7 @@ def test_a_dry_run_says_what_pilots_cost_in_the_share_of_a_full_run(monkeypatch,
     assert "# pilots: sft, apo_zero, each at 1 rates, on 1 in 3 pairs" in out
     assert "# at most 260 steps to match rates, and 2 runs of 15 steps" in out
     assert "of a full run's 39 steps" in out
+    assert "# a gain that matters: 0.1 of the checker's score (difference)" in out
     assert not (tmp_path / "advice").exists()
 
 
