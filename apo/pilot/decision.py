@@ -61,10 +61,9 @@ def decide(
         return PilotVerdict(name, "fair" if others else "high", because, ci95=(lo, hi), **numbers)
     if not math.isnan(estimate.se) and estimate.hi <= 0:
         return PilotVerdict(None, "high", "no pilot is as good as the base", ci95=(lo, hi), **numbers)
-    if hi < difference:
-        reason = f"the best pilot gains less than {difference:g}{unit}, if anything"
-        return PilotVerdict(None, "fair", reason, ci95=(lo, hi), **numbers)
-    target = best.corrected if best.corrected >= difference / 5 else difference
+    # What these prompts exclude is no ground not to train either: a full run gains more than its pilot (docs/log).
+    smallest = difference / 5
+    target = best.corrected if best.corrected >= smallest else difference if hi >= difference else smallest
     needed = rows_needed(values[best.candidate], clusters, target)
     reason = f"too few prompts to say: {len(set(clusters))}, and {needed} would detect a gain of {target:.2g}{unit}"
     return PilotVerdict(None, "low", reason, ci95=(lo, hi), needed=needed, **numbers)

@@ -223,7 +223,6 @@ def _result(
     config = planned.config
     completed = [run for run in runs if run.name in gains.by_pilot]
     held_out = {entry["name"]: entry for entry in summarize(completed, {})["runs"]}
-    rates = {run.name: run.values["trainer.learning_rate"] for run in runs}
     entries = []
     for run in runs:
         objective, displacement = run.name.rsplit("-", 1)
@@ -233,7 +232,8 @@ def _result(
                 "name": run.name,
                 "objective": objective,
                 "displacement": float(displacement),
-                "learning_rate": rates[run.name],
+                "learning_rate": run.values["trainer.learning_rate"],
+                "full_learning_rate": planned.full_rate(run),
                 "steps": run.steps,
                 "stopped": stop_reason(run),
                 "failed": failed.get(run.name),
@@ -243,12 +243,13 @@ def _result(
         )
     matching = sum(WARM_UP + WINDOW * len(objective_trials) for objective_trials in trials.values())
     trained = sum(_steps_trained(run) for run in runs)
-    choice = next((run for run in runs if run.name == verdict.choice), None)
-    chosen = ("objective", "trainer.learning_rate")
+    best = next(run for run in runs if run.name == verdict.best)
+    overrides = [f"objective={best.values['objective']}", f"trainer.learning_rate={planned.full_rate(best)}"]
     return {
         "format": 1,
         "verdict": asdict(verdict),
-        "recommended": [f"{key}={choice.values[key]}" for key in chosen] if choice else None,
+        "recommended": overrides if verdict.choice else None,
+        "best_guess": overrides,
         "recipe": planned.pilot.recipe,
         "beta": planned.full.beta,
         "metric": metric_name(config),

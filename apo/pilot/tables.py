@@ -10,19 +10,20 @@ from rich.table import Table
 
 
 def pilot_table(result: Mapping[str, Any]) -> Table:
-    """Each pilot with its rate, its gain over the base with a 95 % interval, and its held-out pairs."""
+    """Each pilot with its rate and that of the full run, its gain with a 95 % interval, and its held-out pairs."""
     scale = result["scale"]
     title = f"gain over the base on {result['prompts']:,} prompts: {result['meaning']}"
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
-    for head in ("objective", "nats", "rate", "gain", "95 % interval", "right, %", "stopped"):
+    for head in ("objective", "nats", "rate", "full rate", "gain", "95 % interval", "right, %", "stopped"):
         table.add_column(head, overflow="fold")
-    table.add_row("none", "", "", _number(0.0, scale), "", "", "")
+    table.add_row("none", "", "", "", _number(0.0, scale), "", "", "")
     for pilot in result["pilots"]:
         gain, right = pilot["gain"], pilot["right"]
         table.add_row(
             pilot["objective"],
             f"{pilot['displacement']:g}",
             f"{pilot['learning_rate']:.2g}",
+            f"{pilot['full_learning_rate']:.2g}",
             _number(gain["mean"], scale) if gain else "",
             " to ".join(_number(end, scale) for end in gain["ci95"]) if gain and gain["ci95"] else "",
             f"{100 * right['mean']:.1f}" if right else "",
@@ -61,6 +62,8 @@ def pilot_lines(result: Mapping[str, Any]) -> Iterator[str]:
         f"cost: {cost['matching_steps']:,} steps to match rates and {cost['pilot_steps']:,} of pilots, "
         f"{cost['share']:.2g} of a full run's {cost['full_steps']:,}"
     )
+    command = f"apo train {result['recipe']} {' '.join(f'--set {override}' for override in result['best_guess'])}"
     if result["recommended"]:
-        sets = " ".join(f"--set {override}" for override in result["recommended"])
-        yield f"train: apo train {result['recipe']} {sets}"
+        yield f"train: {command}"
+    elif verdict["needed"]:
+        yield f"if you train anyway, the best guess is: {command}"

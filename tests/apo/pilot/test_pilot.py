@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -93,6 +94,13 @@ def test_a_dry_run_says_what_pilots_cost_in_the_share_of_a_full_run(monkeypatch,
     assert "of a full run's 39 steps" in out
     assert "# a gain that matters: 0.1 of the checker's score (difference)" in out
     assert not (tmp_path / "advice").exists()
+
+
+def test_the_full_run_has_a_lower_rate_by_as_much_as_it_has_more_steps(tmp_path):
+    planned = plan_pilots(load_recipe(AdviseConfig, write_recipes(tmp_path, checker=CHECKER)))
+    pilot = replace(planned.run("sft", 0.1, 1e-4), steps=planned.steps)
+    assert (planned.steps, planned.full_steps) == (15, 39)
+    assert planned.full_rate(pilot) == pytest.approx(1e-4 * 15 / 39, rel=0.02)
 
 
 def test_flags_without_a_pilot_are_refused(monkeypatch, capsys, tmp_path):
@@ -236,7 +244,11 @@ def test_pilots_are_killed_resumed_chosen_by_a_checker_and_the_choice_is_trained
     assert result["cost"]["pilot_steps"] == 30
     assert (out / "pilot.png").stat().st_size > 1000
     assert not list((out / "pilots").glob("*/checkpoint-*"))
+    best = next(pilot for pilot in result["pilots"] if pilot["name"] == result["verdict"]["best"])
+    assert best["full_learning_rate"] == pytest.approx(best["learning_rate"] * 15 / 39, rel=0.05)
+    assert result["best_guess"][1] == f"trainer.learning_rate={best['full_learning_rate']}"
     if result["recommended"]:
+        assert result["recommended"] == result["best_guess"]
         assert json.loads((tmp_path / "full/run.json").read_text())["finished"]
     else:
         assert "nothing is recommended" in output
