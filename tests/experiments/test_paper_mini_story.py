@@ -192,11 +192,21 @@ def test_the_picture_has_the_curves_and_the_regimes():
 
 def test_the_picture_shows_the_rates_that_have_run_in_all_tuning_worlds():
     measured = all_results(FULL)
-    missing = FULL.run(measured.tuning[1], "clair", "dpo", FULL.shared_rates[1]).key
-    rows = {key: row for key, row in measured.rows.items() if key != missing}
+    worlds = (measured.tuning[1], measured.tested("D1")[4])
+    missing = {FULL.run(world, "clair", "dpo", FULL.shared_rates[1]).key for world in worlds}
+    rows = {key: row for key, row in measured.rows.items() if key not in missing}
     curves = picture.d1_curves(replace(measured, rows=rows))
+    assert {len(values) for values in curves["sft"][1]} == {3}
     assert curves["dpo"][0] == [FULL.shared_rates[0], FULL.shared_rates[2]]
-    assert curves["sft"] == picture.d1_curves(measured)["sft"]
+    assert "without selection" not in story.page(replace(measured, rows=rows))
+
+
+def test_once_whole_the_picture_and_the_page_show_all_rates_in_the_test_worlds():
+    measured = all_results(FULL)
+    assert {len(values) for rates, gains in picture.d1_curves(measured).values() for values in gains} == {10}
+    by_rate = story.page(measured).partition("without selection")[2].partition("## Regime")[0]
+    assert by_rate.count("| dpo |") == 1
+    assert by_rate.count("+") >= len(FULL.shared_rates)
 
 
 def test_results_are_read_from_a_file_and_an_empty_one_says_what_to_do(tmp_path):

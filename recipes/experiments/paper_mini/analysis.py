@@ -97,6 +97,10 @@ class DesignResults:
         setting = select(self.design, "clair", "apo_zero", self.tuning, self.rows)
         return setting and self._by_world("D1", "clair", objective, setting.learning_rate, value)
 
+    def at_rate(self, objective: str, rate: float) -> list[float] | None:
+        """Return the gain by world after the last epoch of D1's runs at this rate; None if a run is missing."""
+        return self._by_world("D1", "clair", objective, rate, lambda row: gain(row, self.design.epochs))
+
     def _by_world(self, name: Name, pairs: str, objective: str, rate: float, value: Any) -> list[float] | None:
         rows = [self.rows.get(self.design.run(w, pairs, objective, rate).key) for w in self.tested(name)]
         return None if len(rows) < 2 or None in rows else [value(row) for row in rows if row is not None]

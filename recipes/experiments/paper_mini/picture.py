@@ -29,9 +29,19 @@ def d0_curves(measured: DesignResults) -> dict[str, Curve]:
     return curves
 
 
+def is_d1_whole(measured: DesignResults) -> bool:
+    """Return True if D1's test worlds have runs of every objective at every rate."""
+    rates = measured.design.shared_rates
+    return all(measured.at_rate(objective, rate) for objective in OBJECTIVES for rate in rates)
+
+
 def d1_curves(measured: DesignResults) -> dict[str, Curve]:
-    """Return D1's gains at the last checkpoint by objective, at the rates that have run in all tuning worlds."""
-    design, worlds, curves = measured.design, measured.tuning, {}
+    """Return D1's gains at the last checkpoint by objective, at the rates that have run in all worlds.
+
+    The worlds are the test worlds, or the tuning worlds until all runs of the test worlds are there.
+    """
+    design, curves = measured.design, {}
+    worlds = measured.tested("D1") if is_d1_whole(measured) else measured.tuning
     for objective in OBJECTIVES:
         keys = {rate: [design.run(w, "clair", objective, rate).key for w in worlds] for rate in design.shared_rates}
         rates = [rate for rate, row in keys.items() if worlds and all(key in measured.rows for key in row)]
@@ -63,7 +73,8 @@ def draw(measured: DesignResults, path: Path) -> None:
     middle.sharey(left)
     middle.tick_params(labelleft=False)
     _draw_curves(left, d0_curves(measured), f"Quickstart's model, {measured.design.short} epochs (D0)")
-    _draw_curves(middle, d1_curves(measured), f"Wrong by regions, {measured.design.epochs} epochs (D1, tuning)")
+    worlds = f"{len(measured.tested('D1'))} worlds" if is_d1_whole(measured) else "tuning"
+    _draw_curves(middle, d1_curves(measured), f"Wrong by regions, {measured.design.epochs} epochs (D1, {worlds})")
     _draw_regimes(right, regime_estimates(measured))
     for axes in (left, middle, right):
         _dress(axes)

@@ -87,7 +87,7 @@ corrected by Holm for nine tests. *Equal*: two one-sided tests reject a differen
 {_d0(measured)}
 ## CLAIR at shared rates (D1)
 
-{_selected(measured, "D1", ("clair",))}
+{_selected(measured, "D1", ("clair",))}{_d1_by_rate(measured)}
 ## Regime by objective (D2)
 
 {_regimes(measured)}{_selected(measured, "D2", ("weak", "strong"))}
@@ -198,6 +198,21 @@ def _selected(measured: DesignResults, name: Name, sets: Sequence[str]) -> str:
         "Points gained at the rate and checkpoint that the tuning worlds select, with 95 % t intervals over worlds, "
         "and by kind of question. The last column is the share of held-out pairs in the right order at the last "
         f"checkpoint, exact where all {TEST_PAIRS} pairs of every world are.\n\n{markdown(rows)}"
+    )
+
+
+def _d1_by_rate(measured: DesignResults) -> str:
+    """The gains after the last epoch at every rate, if all runs are there."""
+    if not picture.is_d1_whole(measured):
+        return ""
+    rates, epochs = measured.design.shared_rates, measured.design.epochs
+    rows = [["objective", *(f"{rate:g}" for rate in rates)]]
+    for objective in OBJECTIVES:
+        gains = [measured.at_rate(objective, rate) or [] for rate in rates]
+        rows.append([objective, *(with_interval(clustered_mean(v, range(len(v)))) for v in gains)])
+    return (
+        f"\nPoints gained after epoch {epochs} at every rate, without selection. A run that was stopped keeps its last "
+        f"value.\n\n{markdown(rows)}"
     )
 
 
