@@ -63,9 +63,9 @@ class PilotPlan:
         """The highest cost in steps, as a share of the whole recipe's."""
         return self.share(MAX_STEPS * len(self.pilot.objectives), self.steps * self.pilot.count)
 
-    def full_rate(self, run: SweepRun) -> float:
-        """The rate at which a full run moves the model about as far as this pilot, which has fewer steps."""
-        return float(f"{run.values['trainer.learning_rate'] * run.steps / self.full_steps:.2g}")
+    def full_rate(self, rate: float) -> float:
+        """The rate at which a full run moves the model about as far as a pilot at `rate`, which has fewer steps."""
+        return float(f"{rate * self.steps / self.full_steps:.2g}")
 
     def run(self, objective: str, displacement: float, rate: float) -> SweepRun:
         """One pilot."""

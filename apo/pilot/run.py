@@ -233,7 +233,7 @@ def _result(
                 "objective": objective,
                 "displacement": float(displacement),
                 "learning_rate": run.values["trainer.learning_rate"],
-                "full_learning_rate": planned.full_rate(run),
+                "full_learning_rate": planned.full_rate(run.values["trainer.learning_rate"]),
                 "steps": run.steps,
                 "stopped": stop_reason(run),
                 "failed": failed.get(run.name),
@@ -244,7 +244,8 @@ def _result(
     matching = sum(WARM_UP + WINDOW * len(objective_trials) for objective_trials in trials.values())
     trained = sum(_steps_trained(run) for run in runs)
     best = next(run for run in runs if run.name == verdict.best)
-    overrides = [f"objective={best.values['objective']}", f"trainer.learning_rate={planned.full_rate(best)}"]
+    full_rate = planned.full_rate(best.values["trainer.learning_rate"])
+    overrides = [f"objective={best.values['objective']}", f"trainer.learning_rate={full_rate}"]
     return {
         "format": 1,
         "verdict": asdict(verdict),

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from clair.core.errors import UserError
 from clair.core.statistics import Estimate
 from recipes.experiments.advice import table
 from recipes.experiments.advice.measure import (
+    COMMITTED,
+    FIRST,
     ORDERS,
-    TARGETS,
-    VERSION,
+    SECOND,
     TruthRun,
     missing_parts,
     of_last_draws,
     sets_of_target,
     truth_runs,
 )
-from recipes.experiments.advice.table import measured_sets, page, policies, power, registered_tests
+from recipes.experiments.advice.table import measured_sets, page, policies, power, regret_tests, whole_measurements
+from recipes.experiments.paper_mini import results
 from recipes.experiments.paper_mini.design import FULL, OBJECTIVES
 from recipes.experiments.paper_mini.worlds import QUESTIONS_PER_TEMPLATE, TEMPLATES
+from recipes.world.running import ROOT
 
 OPTIONS = [f"{objective}-{displacement:g}" for objective in OBJECTIVES for displacement in (0.03, 0.1)]
 RATES = {option: 1e-5 * number for number, option in enumerate(OPTIONS, 1)}
@@ -28,8 +30,9 @@ QUESTIONS = len(TEMPLATES) * QUESTIONS_PER_TEMPLATE
 
 def pilot(world: str, pairs: str, choice: str, sure: str = "high", rule: str = "apo_zero") -> dict:
     pilots = [{"name": name, "stopped": "step 9" if name == "apo_zero-0.1" else None} for name in RATES]
-    return {"kind": "pilot", "version": VERSION, "world": world, "pairs": pairs, "choice": choice, "sure": sure,
-            "rule": rule, "rates": RATES, "cost": {"share": 5.0}, "pilots": pilots}  # fmt: skip
+    verdict = {"best": "sft-0.1"}
+    return {"kind": "pilot", "version": FIRST.version, "world": world, "pairs": pairs, "choice": choice, "sure": sure,
+            "rule": rule, "rates": RATES, "cost": {"share": 5.0}, "pilots": pilots, "verdict": verdict}  # fmt: skip
 
 
 def digits(share: float) -> str:
@@ -44,16 +47,22 @@ def lines(choice: dict, right: dict[str, tuple[int, int]], base: int = 6) -> lis
         option = next(option for option, rate in RATES.items() if rate == run.learning_rate)
         count = right.get(option, (base, base))[run.order]
         checkpoints = [{"epoch": 0, "right": digits(base / 15)}, {"epoch": 6, "right": digits(count / 15)}]
-        line = {"kind": "run", "version": VERSION, "key": run.key, "world": run.world, "order": run.order}
+        line = {"kind": "run", "version": FIRST.version, "key": run.key, "world": run.world, "order": run.order}
         result.append({**line, "checkpoints": checkpoints})
     return result
 
 
-def test_the_design_has_13_new_targets_with_two_sets_of_four_kinds():
-    assert len(TARGETS) == 13
-    assert not set(TARGETS) & {*FULL.worlds_of("D1"), *FULL.worlds_of("D2"), *FULL.tuning}
-    assert {name for target in TARGETS for name in sets_of_target(target)} == {"clair", "weak", "strong", "swapped"}
-    assert all(len(sets_of_target(target)) == 2 for target in TARGETS)
+@pytest.mark.parametrize("measurement", [FIRST, SECOND])
+def test_a_design_has_13_new_targets_with_two_sets_of_four_kinds(measurement):
+    targets = measurement.targets
+    assert len(targets) == 13
+    assert not set(targets) & {*FULL.worlds_of("D1"), *FULL.worlds_of("D2"), *FULL.tuning}
+    assert {name for target in targets for name in sets_of_target(target)} == {"clair", "weak", "strong", "swapped"}
+    assert all(len(sets_of_target(target)) == 2 for target in targets)
+
+
+def test_the_second_measurement_has_other_targets():
+    assert not set(FIRST.targets) & set(SECOND.targets)
 
 
 def test_the_truth_has_eight_options_in_two_orders_on_questions_that_no_pilot_saw():
@@ -74,7 +83,7 @@ TWO = [
 
 
 def test_regrets_by_pencil():
-    first, second = measured_sets(TWO)
+    first, second = measured_sets(TWO, FIRST)
     assert first.right["none"] == pytest.approx(6 / 15)
     assert first.right["sft-0.1"] == pytest.approx(9 / 15)
     assert first.regret("dpo-0.03") == pytest.approx(1 / 15)
@@ -82,7 +91,7 @@ def test_regrets_by_pencil():
 
 
 def test_a_constant_has_the_better_of_its_two_rates():
-    sets = measured_sets(TWO)
+    sets = measured_sets(TWO, FIRST)
     chosen = policies(sets)
     assert chosen["always sft"](sets[1]) == "sft-0.1"
     assert chosen["always dpo"](sets[1]) == "dpo-0.03"
@@ -91,7 +100,7 @@ def test_a_constant_has_the_better_of_its_two_rates():
 
 
 def test_differences_are_paired_by_target_and_corrected_for_four():
-    test, corrected = registered_tests(measured_sets(TWO))["always sft"]
+    test, corrected = regret_tests(measured_sets(TWO, FIRST), "pilot")["always sft"]
     # the pilot's regret minus SFT's: 1/15 - 0 and 0 - 3/15
     assert test.estimate.mean == pytest.approx((1 / 15 - 3 / 15) / 2)
     assert test.estimate.clusters == 2
@@ -99,9 +108,24 @@ def test_differences_are_paired_by_target_and_corrected_for_four():
 
 
 def test_a_set_whose_runs_are_not_all_there_does_not_count():
-    assert len(measured_sets(TWO[:-1])) == 1
-    with pytest.raises(UserError, match="1 whole target"):
-        page(measured_sets(TWO[:-1]))
+    assert len(measured_sets(TWO[:-1], FIRST)) == 1
+    assert whole_measurements(TWO) == {}
+
+
+def whole_lines() -> list[dict]:
+    """The lines of a first measurement, with one target that misses a gate."""
+    worlds = [
+        {"kind": "world", "name": name, "nats": -1.0, "sets": {}, "gates": {"all pairs": name != "regions-212"}}
+        for name in FIRST.targets
+    ]
+    cells = [(target, pairs) for target in FIRST.targets[:12] for pairs in sets_of_target(target)]
+    return [*worlds, *(line for cell in cells for line in lines(pilot(*cell, "none"), {"sft-0.1": (10, 8)}))]
+
+
+def test_regrets_are_shown_once_every_run_of_the_targets_that_met_their_gates_is_there():
+    ((title, sets),) = whole_measurements(whole_lines()).items()
+    assert (title, len(sets)) == ("First measurement", 24)
+    assert whole_measurements(whole_lines()[:-1]) == {}
 
 
 def test_a_world_that_comes_out_differently_is_measured_again():
@@ -109,18 +133,19 @@ def test_a_world_that_comes_out_differently_is_measured_again():
         return {"kind": "world", "name": "regions-200", "nats": nats, "sets": {}}
 
     same, other = [world(-0.8), *TWO, world(-0.8)], [world(-0.8), *TWO, world(-0.9)]
-    assert [item.target for item in measured_sets(same)] == ["regions-200", "regions-201"]
-    assert missing_parts("regions-200", of_last_draws(same)) == (["weak"], [])
-    assert [item.target for item in measured_sets(other)] == ["regions-201"]
-    assert missing_parts("regions-200", of_last_draws(other)) == (["clair", "weak"], [])
+    assert [item.target for item in measured_sets(same, FIRST)] == ["regions-200", "regions-201"]
+    assert missing_parts("regions-200", of_last_draws(same), FIRST) == (["weak"], [])
+    assert [item.target for item in measured_sets(other, FIRST)] == ["regions-201"]
+    assert missing_parts("regions-200", of_last_draws(other), FIRST) == (["clair", "weak"], [])
 
 
 def test_the_page_names_what_is_not_shown_and_the_worst_case():
-    text = page(measured_sets(TWO))
+    text = page(measured_sets(TWO, FIRST))
     assert "2 sets of 2 targets." in text
-    assert "| always sft | -6.7 [" in text
+    assert "| pilot minus always sft | -6.7 [" in text
+    assert "| best guess minus always sft | +0.0 [" in text
     assert "not shown" in text
-    assert "| regions-200 clair | dpo-0.03 (fair) | 40.0 |" in text
+    assert "| regions-200 clair | dpo-0.03 (fair) | 40.0 |" in table.set_table(measured_sets(TWO, FIRST))
     # the stopped option is as good as the base in one set, 3/15 worse in the other
     assert "The guard stopped 2 of 16 pilots, whose options gain -10.0 points on average; 0 are the best" in text
     assert "Pilots cost 5.0 full runs on average, 5.0 at most." in text
@@ -133,11 +158,16 @@ def test_power_is_that_of_the_design(deviation, alpha_index):
     assert float(power(estimate).split(" and ")[alpha_index]) == pytest.approx(8, abs=0.1)
 
 
+def test_the_guide_has_the_tables_of_the_committed_results():
+    tables = table.tables(whole_measurements(results.read(ROOT / COMMITTED)))
+    assert table.PAGE.read_text("utf-8").partition(table.MARKER)[2] == tables
+
+
 def test_the_tables_replace_those_of_the_guide(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "PAGE", tmp_path / "advice.md")
     monkeypatch.setattr(table, "PICTURE", tmp_path / "images/regret.png")
     table.PAGE.write_text("# Advice\n\nWords.\n\n<!-- regrets -->\nold\n")
-    sets = measured_sets(TWO)
-    table.write(sets)
-    assert table.PAGE.read_text() == f"# Advice\n\nWords.\n\n<!-- regrets -->\n{page(sets)}"
+    whole = {"First measurement": measured_sets(TWO, FIRST)}
+    table.write(whole)
+    assert table.PAGE.read_text() == f"# Advice\n\nWords.\n\n<!-- regrets -->\n{table.tables(whole)}"
     assert table.PICTURE.read_bytes().startswith(b"\x89PNG")

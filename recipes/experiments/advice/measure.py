@@ -3,9 +3,10 @@
     python -m recipes.experiments.advice.measure [--targets N] [--workers N]    # continue where it was stopped
     python -m recipes.experiments.advice.measure --collect                      # add the results to the committed file
 
-The design was written down before its first run: docs/log/2026-11-29-pilot.md. Worlds and training runs are those of
-recipes.experiments.paper_mini. Each world, each pilot and each run is one line of RUN/results.jsonl, with the commit
-that made it. No regret is printed here; recipes.experiments.advice.table prints them.
+The designs were written down before their first runs: docs/log/2026-11-29-pilot.md and docs/log/2026-11-30-pilot.md.
+The first is complete; this command runs the second. Worlds and training runs are those of the paper's miniature. Each
+world, each pilot and each run is one line of RUN/results.jsonl, with the commit that made it. No regret is printed
+here; recipes.experiments.advice.table prints them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import yaml
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically
 from clair.core.provenance import provenance
+from clair.core.recipe import load_recipe
 from clair.core.watched_process import WatchedProcess
 from clair.pipeline.build import lock_output
 from recipes.experiments.paper_mini import results
@@ -36,15 +38,29 @@ from recipes.world.running import ROOT, ending_in_one_line
 
 RUN = Path("runs/advice-mini")
 COMMITTED = Path("recipes/experiments/advice/results/advice.jsonl")
-VERSION = 2
-"""Part of the lines: those of another version do not count."""
-TARGETS = tuple(f"regions-{200 + number}" for number in range(13))
 SETS = (("clair", "weak"), ("strong", "swapped"))
 """The sets of targets with an even and with an odd seed. `swapped` is clair with half of its labels exchanged."""
 DISPLACEMENTS = (0.03, 0.1)
 EPOCHS, EVERY, ORDERS, BETA = 6, 3, (0, 1), 0.1
-PROMPTS_PER_TEMPLATE = 5
-"""Validation questions of each phrasing that the pilots are chosen by."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measurement on 13 targets, the worlds from a first seed on. `version` is part of its lines."""
+
+    version: int
+    first_seed: int
+    prompts_per_template: int
+    """Validation questions of each phrasing that the pilots are chosen by."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of its worlds."""
+        return tuple(f"regions-{self.first_seed + number}" for number in range(13))
+
+
+FIRST, SECOND = Measurement(2, 200, 5), Measurement(3, 213, 15)
+"""The full runs of the first have the rates of the pilots; those of the second have the rates for their own steps."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ def sets_of_target(world: str) -> tuple[str, ...]:
 
 
 def truth_runs(pilot: Mapping[str, Any]) -> list[TruthRun]:
-    """The runs that measure the truth for the line of a pilot, at its matched rates."""
+    """The runs that measure the truth for the line of a pilot, at the rates in it."""
     return [
         TruthRun(pilot["world"], pilot["pairs"], option.rsplit("-", 1)[0], rate, BETA, EPOCHS, EVERY, order)
         for option, rate in pilot["rates"].items()
@@ -95,7 +111,7 @@ def write_recipes(world: str, pairs: str, folder: Path, out: Path) -> Path:
     train = {"model": target, "dataset": str(home / pairs), "beta": BETA, "trainer": trainer}
     train |= {"probe": 0, "samples": 0, "out": str(out / "full")}
     tasks = questions(world_of(world), "validation")
-    chosen = [task for n, task in enumerate(tasks) if n % QUESTIONS_PER_TEMPLATE < PROMPTS_PER_TEMPLATE]
+    chosen = [task for n, task in enumerate(tasks) if n % QUESTIONS_PER_TEMPLATE < SECOND.prompts_per_template]
     checker = {"command": [sys.executable, "-m", "recipes.world.checker", "--right"], "seconds": 300, "processes": 1}
     pilot = {
         "recipe": str(out / "train.yaml"),
@@ -114,8 +130,8 @@ def write_recipes(world: str, pairs: str, folder: Path, out: Path) -> Path:
 
 def run_pilot(world: str, pairs: str, folder: Path) -> dict[str, Any]:
     """Run `apo advise --pilot` as a user does. Returns its line. A stopped one resumes."""
-    from apo.pilot.matching import matched_rates
-    from apo.pilot.plan import pilot_name
+    from apo.advice.config import AdviseConfig
+    from apo.pilot.plan import plan_pilots
     from recipes.world.swapped import write_swapped
 
     home, out = folder / "worlds" / world, folder / "pilots" / f"{world}-{pairs}"
@@ -129,7 +145,7 @@ def run_pilot(world: str, pairs: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"the pilot of {world} {pairs} ended with code {code}; see {out}/messages.log")
     # Code 2 after the rates were matched: the guard stopped every pilot, so that nothing is recommended.
     result = read_json(out / "advice/pilot.json") if code == 0 else {"verdict": {"choice": None, "sure": "low"}}
-    trials = read_json(out / "advice/rates.json")["trials"]
+    matched, planned = read_json(out / "advice/rates.json"), plan_pilots(load_recipe(AdviseConfig, recipe))
     return {
         "world": world,
         "pairs": pairs,
@@ -139,8 +155,8 @@ def run_pilot(world: str, pairs: str, folder: Path) -> dict[str, Any]:
         "pilots": result.get("pilots", []),
         "cost": result.get("cost"),
         "rule": read_json(out / "advice/advice.json")["advice"]["objective"],
-        "rates": {pilot_name(*cell): rate for cell, rate in matched_rates(trials, DISPLACEMENTS).items()},
-        "trials": trials,
+        "rates": {name: planned.full_rate(rate) for name, rate in matched["rates"].items()},
+        "trials": matched["trials"],
         "cpu_seconds": round(_children_seconds() - before, 1),
     }
 
@@ -153,14 +169,14 @@ def _children_seconds() -> float:
 # ---- the measurement
 
 
-def pilots_of(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """The pilots of this version by world and set."""
-    return {(x["world"], x["pairs"]): x for x in lines if x["kind"] == "pilot" and x["version"] == VERSION}
+def pilots_of(lines: Sequence[Mapping[str, Any]], measurement: Measurement) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """The pilots of a measurement by world and set."""
+    return {(x["world"], x["pairs"]): x for x in lines if x["kind"] == "pilot" and x["version"] == measurement.version}
 
 
-def truth_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The finished runs of the truth by their key."""
-    return rows_of([line for line in lines if line.get("order") is not None], VERSION)
+def truth_of(lines: Sequence[Mapping[str, Any]], measurement: Measurement) -> dict[str, Mapping[str, Any]]:
+    """The finished runs of a measurement's truth by their key."""
+    return rows_of([line for line in lines if line.get("order") is not None], measurement.version)
 
 
 def of_last_draws(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -173,7 +189,7 @@ def of_last_draws(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     draws: dict[str, Any] = {}
     for line in lines:
         if line["kind"] == "world":
-            name, draw = line["name"], (line["nats"], line["sets"])
+            name, draw = str(line["name"]), (line["nats"], line["sets"])
             if draws.setdefault(name, draw) != draw:
                 current = [earlier for earlier in current if name not in (earlier.get("world"), earlier.get("name"))]
             draws[name] = draw
@@ -181,9 +197,11 @@ def of_last_draws(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return current
 
 
-def missing_parts(world: str, lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[TruthRun]]:
+def missing_parts(
+    world: str, lines: Sequence[Mapping[str, Any]], measurement: Measurement = SECOND
+) -> tuple[list[str], list[TruthRun]]:
     """The sets of a world without a pilot, and the missing runs of the sets with one."""
-    pilots, rows = pilots_of(lines), truth_of(lines)
+    pilots, rows = pilots_of(lines, measurement), truth_of(lines, measurement)
     sets = sets_of_target(world)
     runs = [run for name in sets if (world, name) in pilots for run in truth_runs(pilots[world, name])]
     return [name for name in sets if (world, name) not in pilots], [run for run in runs if run.key not in rows]
@@ -195,7 +213,7 @@ def measure(targets: Sequence[str], folder: Path, workers: int, log: Callable[[s
     with lock_output(folder), make_pool(workers, folder / "workers.log") as pool:
         lines = of_last_draws([*results.read(ROOT / COMMITTED), *results.read(file)])
         values = provenance()
-        origin = {"version": VERSION, "commit": values["git_commit"], "versions": values["versions"]}
+        origin = {"version": SECOND.version, "commit": values["git_commit"], "versions": values["versions"]}
 
         def record(line: Mapping[str, Any]) -> None:
             nonlocal lines
@@ -226,7 +244,7 @@ def measure(targets: Sequence[str], folder: Path, workers: int, log: Callable[[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure advice by pilots; finished parts are not repeated.")
-    parser.add_argument("--targets", type=int, default=len(TARGETS), help="the first so many targets")
+    parser.add_argument("--targets", type=int, default=len(SECOND.targets), help="the first so many targets")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument("--run", type=Path, default=RUN, help="the folder of worlds, pilots and results")
     parser.add_argument("--collect", action="store_true", help=f"only add the results to {COMMITTED}")
@@ -237,7 +255,7 @@ def main() -> None:
         if args.collect:
             print(f"{collect(args.run, COMMITTED)} lines are new in {COMMITTED}")
             return
-        measure(TARGETS[: args.targets], args.run, args.workers, lambda text: print(text, flush=True))
+        measure(SECOND.targets[: args.targets], args.run, args.workers, lambda text: print(text, flush=True))
 
 
 if __name__ == "__main__":
