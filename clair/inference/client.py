@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,6 +80,8 @@ class ModelClient:
     """The queue for the Batch API, if the role uses it: then `complete` raises Pending and sends nothing itself."""
     failed: dict[str, tuple[str, str]] | None = None
     """Requests that failed for good, if the build reads its prompts more than once: key -> (reason, detail)."""
+    keys: defaultdict[str, set[str]] | None = None
+    """The keys of the requests by prompt id, if somebody asks for them, whichever run has paid for the replies."""
     attempts: int = 6
     tally: Tally = field(default_factory=Tally)
     earlier_calls: int = 0
@@ -102,6 +105,8 @@ class ModelClient:
         if added_temperature and (temperature := request.get("temperature")) is not None:
             request["temperature"] = max(temperature, min(1.0, temperature + added_temperature))
         key, has_tools = call_key(self.model.identity, request, sample), "tools" in request
+        if self.keys is not None:
+            self.keys[row].add(key)
         shared = key in self.shared_calls
         stored = self.ledger.find(key)
         try:

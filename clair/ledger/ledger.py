@@ -54,7 +54,10 @@ _SPENT = (
     "WHERE payer = ? GROUP BY role"
 )
 _SPENT_IN_BATCHES = _SPENT.replace("GROUP BY", "AND batch IS NOT NULL GROUP BY")
-_KEY_IN_LIST = "key IN (SELECT value FROM json_each(?))"
+_PAID = "SELECT total(prompt_tokens), total(completion_tokens) FROM calls WHERE key IN (SELECT value FROM json_each(?))"
+_SECONDS = (
+    "SELECT seconds FROM calls WHERE key IN (SELECT value FROM json_each(?)) AND state = 'done' AND seconds IS NOT NULL"
+)
 _MAX_WRITES_PER_COMMIT = 1000
 _CANNOT_WRITE = ("disk is full", "disk I/O error", "readonly database")
 
@@ -169,13 +172,11 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def paid(self, keys: Collection[str]) -> Tokens:
         """The usage of the calls with these keys."""
-        query = f"SELECT total(prompt_tokens), total(completion_tokens) FROM calls WHERE {_KEY_IN_LIST}"  # noqa: S608
-        return Tokens(*map(int, self.read(query, json.dumps([*keys]))[0]))
+        return Tokens(*map(int, self.read(_PAID, json.dumps([*keys]))[0]))
 
     def seconds(self, keys: Collection[str]) -> list[float]:
         """The duration of each answered call with one of these keys, from sending it to the end of its reply."""
-        query = f"SELECT seconds FROM calls WHERE {_KEY_IN_LIST} AND state = 'done' AND seconds IS NOT NULL"  # noqa: S608
-        return [seconds for (seconds,) in self.read(query, json.dumps([*keys]))]
+        return [seconds for (seconds,) in self.read(_SECONDS, json.dumps([*keys]))]
 
     def read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """The rows of a query. Raises LedgerError."""

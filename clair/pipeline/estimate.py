@@ -13,20 +13,18 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Any, cast
 
 from clair.core.event_loop import run_async
 from clair.core.progress import print_line
 from clair.core.student_t import t_quantile
 from clair.data.prompt_sources import Scan, each_prompt
-from clair.data.records import Dropped, Pair, Prompt
+from clair.data.records import Dropped, Prompt
 from clair.inference.budget import Price, discounted_share, max_billed_tokens, role_prices
 from clair.inference.client import ModelClient
 from clair.inference.config import ModelConfig, ReviserConfig
-from clair.ledger.ledger import Ledger, StoredReply, Tokens
+from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import check_recipe, check_resumable
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.output_dir import lock_output
@@ -126,46 +124,19 @@ def _run(
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
             keys = run_async(_ask(config, ledger, prompts, on_progress))
-            paid = {role: [ledger.paid(keys[role, prompt.id]) for prompt in prompts] for role in config.models}
-            seconds = {role: [s for p in prompts for s in ledger.seconds(keys[role, p.id])] for role in config.models}
+            paid = {role: [ledger.paid(keys[role][prompt.id]) for prompt in prompts] for role in config.models}
+            seconds = {role: [s for p in prompts for s in ledger.seconds(keys[role][p.id])] for role in config.models}
             return paid, seconds
-
-
-_prompt_id: ContextVar[str] = ContextVar("prompt_id")
-"""The id of the row that the current task runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class _RecordingLedger:
-    """The ledger of one client. It records the keys of the requests of each row, whichever run has paid for them."""
-
-    ledger: Ledger
-    role: str
-    keys: Mapping[tuple[str, str], set[str]]
-    """By role and prompt id."""
-
-    def find(self, key: str) -> StoredReply | None:
-        self.keys[self.role, _prompt_id.get()].add(key)
-        return self.ledger.find(key)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.ledger, name)
 
 
 async def _ask(
     config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt], on_progress: Callable[..., None]
-) -> Mapping[tuple[str, str], set[str]]:
+) -> Mapping[str, Mapping[str, set[str]]]:
     """Run the prompts. Returns the keys of their requests in the ledger by role and prompt id."""
-    keys: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-    async with open_run(config, ledger, live=True) as opened_run:
-        for role, client in opened_run.clients.items():
-            client.ledger = cast("Ledger", _RecordingLedger(ledger, role, keys))
-
-        async def make_pair(prompt: Prompt) -> Pair:
-            _prompt_id.set(prompt.id)  # each row runs in a task of its own
-            return await opened_run.make_pair(prompt)
-
-        run = replace(opened_run, make_pair=make_pair)
+    async with open_run(config, ledger, live=True) as run:
+        keys: dict[str, defaultdict[str, set[str]]] = {role: defaultdict(set) for role in run.clients}
+        for role, client in run.clients.items():
+            client.keys = keys[role]
         rows_done = count()
 
         def on_row_done(_: object = None) -> None:
