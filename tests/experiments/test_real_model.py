@@ -13,7 +13,6 @@ import yaml
 
 from apo.evaluation.ifeval.checkers import check_instruction, instruction_types
 from clair.core.errors import UserError
-from clair.core.files import read_json
 from clair.data.dataset import read_manifest, read_rows
 from clair.data.deduplication import BenchmarkQuestions
 from clair.pipeline.build import build
@@ -429,11 +428,33 @@ def section(level: str, split: str | None, benchmark: str | None = None) -> dict
     return {"level": level, "split": split, "benchmark": benchmark, "rows": 541, "base": base, "tuned": [tuned]}
 
 
-def test_the_page_says_what_the_results_hold():
+def results_of(names: list[str], p: float) -> dict:
+    """Results of a run with these cells, each with this p-value."""
     answered = {"scores": "01" * 5, "tokens": [100, 300], "truncated": 7}
     other = {**answered, "scores": "0111" + "01" * 3}
     choice = {"rate": 3e-4, "epochs": 2, "model": "runs/a/checkpoint-9"}
-    sections = [section("overall", "prompt_loose"), section("split", "instruction_loose", "unseen")]
+    overall, unseen = section("overall", "prompt_loose"), section("split", "instruction_loose", "unseen")
+    for part in (overall, unseen):
+        part["tuned"] = [{**part["tuned"][0], "p": p} for _ in names]
+    models = {name: answered if name == PRIMARY.name else other for name in names}
+    return {
+        "evaluations": {"ifeval": {"base": answered, **models}, "mixeval": {}},
+        "compared": {"ifeval": {"names": names, "sections": [overall, unseen]}, "mixeval": None},
+        "pairs": {"clair": {"counts": {"pairs": 6, "dropped": 4}, "drops": {"reviser/refusal/new_content": 4}}},
+        "chosen": {name: {**choice, "candidates": [{**choice, "validation": 0.3}]} for name in names},
+        "moved": {name: {"logratios/chosen": 2.0, "logratios/rejected": -3.0, "chosen_falls": 0.1} for name in names},
+        "steps": [
+            {"step": "pairs clair", "seconds": 60, "cpu_seconds": 30, "peak_mib": 1000},
+            {"step": "train a 0.0003", "seconds": 120, "cpu_seconds": 180, "peak_mib": 900},
+            {"step": "train a 0.001", "seconds": 60, "cpu_seconds": 60, "peak_mib": 700},
+            {"step": "answers a/0.001/1", "seconds": 60, "cpu_seconds": 90, "peak_mib": 700},
+            {"step": "answers IFEval a", "seconds": 240, "cpu_seconds": 300, "peak_mib": 800},
+        ],
+        "answers": [],
+    }
+
+
+def test_the_page_says_what_the_results_of_each_run_hold():
     answer = {
         "prompt": "Write.",
         "before": "B" * 500,
@@ -441,46 +462,32 @@ def test_the_page_says_what_the_results_hold():
         "after": "A",
         "after_held": "a",
     }
-    text = table.page(
-        {
-            "evaluations": {
-                "ifeval": {
-                    "base": answered,
-                    PRIMARY.name: answered,
-                    "clair-dpo": other,
-                },
-                "mixeval": {},
-            },
-            "compared": {"ifeval": {"names": [PRIMARY.name], "sections": sections}, "mixeval": None},
-            "pairs": {"clair": {"counts": {"pairs": 6, "dropped": 4}, "drops": {"reviser/refusal/new_content": 4}}},
-            "chosen": {PRIMARY.name: {**choice, "candidates": [{**choice, "validation": 0.3}]}},
-            "moved": {PRIMARY.name: {"logratios/chosen": 2.0, "logratios/rejected": -3.0, "chosen_falls": 0.1}},
-            "steps": [{"step": "train", "seconds": 120, "cpu_seconds": 180, "peak_mib": 900}],
-            "answers": [answer],
-        }
-    )
-    assert f"| {PRIMARY.name} | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] | 0.020 | 0.040 | 30, 3 | 7 |" in text
-    assert (
-        "| instruction, loose, types unseen | 541 | 20.0 [16.0, 24.0] | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] |" in text
-    )
-    assert "| clair | 10 | 6 | reviser/refusal/new_content 4 |" in text
-    # one of ten differs: the standard error is 0.1, t of 9 degrees of freedom 2.262
-    assert "| clair-dpo | -10.0 [-32.6, +12.6] | 0, 1 |" in text
-    assert f"| {PRIMARY.name} | 0.0003, 2: 30.0 | 0.0003, 2 |" in text
-    assert f"| {PRIMARY.name} | 200 | +2.0 | -3.0 | 10 |" in text
-    assert "| all | 2 | 3 |  |" in text
-    assert "B ... (500 characters)" in text
-    assert "MixEval" not in text
+    first = {**results_of([PRIMARY.name, "clair-dpo"], 0.01), "answers": [answer]}
+    second = results_of(["judged-apo_zero"], 0.02)
+    text = table.page({1: first, 2: second})
+    # Holm over the three cells of both runs: 3 x 0.01; its maximum with 1 x 0.02
+    assert f"| 1 | {PRIMARY.name} | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] | 0.010 | 0.030 | 30, 3 | 7 |" in text
+    assert "| 2 | judged-apo_zero | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] | 0.020 | 0.030 | 30, 3 | 7 |" in text
+    numbers = "541 | 20.0 [16.0, 24.0] | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] |"
+    assert text.count(f"instruction, loose, types unseen | {numbers}") == 1
+    assert "| 2 | clair | 10 | 6 | reviser/refusal/new_content 4 |" in text
+    # one of ten differs: the standard error is 0.1, t of 9 degrees of freedom 2.262; run 2 has no primary cell
+    assert "| 1 | clair-dpo | -10.0 [-32.6, +12.6] | 0, 1 |" in text
+    assert "| 2 | clair-dpo |" not in text
+    assert f"| 1 | {PRIMARY.name} | 0.0003, 2: 30.0 | 0.0003, 2 |" in text
+    assert "| 2 | judged-apo_zero | 200 | +2.0 | -3.0 | 10 |" in text
+    assert "| 2 | clair | 0.5 |  |  |  |  | 0.5 | 1.0 | 1000 |" in text
+    assert "| 2 | a |  | 4.0 | 1.5 | 5.0 |  | 10.5 | 8.0 | 900 |" in text
+    assert "| 2 | all | 0.5 | 4.0 | 1.5 | 5.0 |  | 11.0 | 9.0 | 1000 |" in text
+    assert text.count("B ... (500 characters)") == 1
+    assert "MixEval-Hard" not in text
 
 
 def test_the_page_is_what_the_committed_results_make():
     head, heading, text = (ROOT / table.PAGE).read_text("utf-8").partition(table.HEADING)
     assert head
     assert heading
-    if not (ROOT / table.COMMITTED).exists():
-        assert text.strip().startswith("None yet.")
-    else:
-        assert text.strip() == table.page(read_json(ROOT / table.COMMITTED)).strip()
+    assert text.strip() == table.page(table.read_runs(ROOT / table.COMMITTED)).strip()
 
 
 # ---- the real model
@@ -497,7 +504,7 @@ def test_the_whole_road_on_the_real_model(real_model, shared, tmp_path):
         constraints = read_constraints(tmp_path / "prompts/train.jsonl")[pair["prompt"][-1]["content"]]
         assert all(holds(constraint, pair["chosen"][-1]["content"]) for constraint in constraints)
         assert not all(holds(constraint, pair["rejected"][-1]["content"]) for constraint in constraints)
-    text = table.page(table.collect(tmp_path))
+    text = table.page({1: table.collect(tmp_path)})
     assert "### IFEval, prompts" in text
     assert "### Five answers" in text
     compared = json.loads((tmp_path / "evals/ifeval/compare/compare.json").read_text())

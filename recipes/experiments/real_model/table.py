@@ -1,30 +1,33 @@
-"""Collect the results of a run, and write the results section of docs/real_model.md from them.
+"""Collect the results of a run, and write the results section of docs/real_model.md from those of all runs.
 
-    python -m recipes.experiments.real_model.table --out FOLDER --collect    # FOLDER -> results/results.json
-    python -m recipes.experiments.real_model.table                         # prints the results; --write: into the page
+    python -m recipes.experiments.real_model.table --out FOLDER --collect 2   # FOLDER -> results/run-2.json
+    python -m recipes.experiments.real_model.table                          # prints the results; --write: into the page
 
-results.json holds the source of every number: 1 or 0 per prompt and model, the tokens of each answer, comparisons with
-intervals, counts of pairs and drops, validation scores, seconds and memory of each step, and five answers.
+A run is one folder: it has a base, cells and pairs of its own. Its file holds the source of every number: 1 or 0 per
+prompt and model, the tokens of each answer, comparisons with intervals, counts of pairs and drops, validation scores,
+seconds and memory of each step, and five answers before and after the primary cell, if the run has it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically, write_json
-from clair.core.statistics import paired_difference
+from clair.core.statistics import holm, paired_difference
 from recipes.experiments.paper_mini import results as lines
 from recipes.experiments.real_model.cells import CELLS, PRIMARY
 from recipes.world.running import ROOT
 
-COMMITTED = Path("recipes/experiments/real_model/results/results.json")
+COMMITTED = Path("recipes/experiments/real_model/results")
 PAGE = Path("docs/real_model.md")
 HEADING = "## Results\n"
 ANSWERS = 5
@@ -35,7 +38,7 @@ SHOWN_CHARACTERS = 240
 
 
 def collect(out: Path) -> dict[str, Any]:
-    """Collect the results from the folder of a run. Raises UserError if the primary cell is not finished."""
+    """Collect the results from the folder of a run. Raises UserError if no cell has answered IFEval."""
     from apo.evaluation.results import read_results
 
     evaluations: dict[str, dict[str, Any]] = {"ifeval": {}, "mixeval": {}}
@@ -54,8 +57,8 @@ def collect(out: Path) -> dict[str, Any]:
                     "versions": dict(result.score.versions),
                     "git_commit": result.score.git_commit,
                 }
-    if PRIMARY.name not in evaluations["ifeval"]:
-        raise UserError(f"{out} has no answers of the primary cell to IFEval; run the experiment first")
+    if len(evaluations["ifeval"]) < 2 or "base" not in evaluations["ifeval"]:
+        raise UserError(f"{out} has no answers of the base and a cell to IFEval; run the experiment first")
     chosen = read_json(out / "chosen.json")
     pairs = {cell.pairs: out / "pairs" / cell.pairs for cell in CELLS}
     keys = ("step", "seconds", "cpu_seconds", "peak_mib")
@@ -67,7 +70,7 @@ def collect(out: Path) -> dict[str, Any]:
         "compared": {name: _compared(out / "evals" / name / "compare" / "compare.json") for name in evaluations},
         "moved": {name: _moved(Path(choice["model"])) for name, choice in chosen.items()},
         "steps": [{key: line[key] for key in keys} for line in lines.read(out / "steps.jsonl")],
-        "answers": _answers(out),
+        "answers": _answers(out) if PRIMARY.name in evaluations["ifeval"] else [],
     }
 
 
@@ -125,21 +128,30 @@ def _answers(out: Path) -> list[dict[str, str]]:
 # ---- the page
 
 
-def page(results: Mapping[str, Any]) -> str:
+Runs = Mapping[int, Mapping[str, Any]]
+"""Results by the number of their run."""
+
+
+def read_runs(folder: Path) -> dict[int, dict[str, Any]]:
+    """Read the committed results, by the number of their run."""
+    return {int(file.stem.removeprefix("run-")): read_json(file) for file in sorted(folder.glob("run-*.json"))}
+
+
+def page(runs: Runs) -> str:
     """Return the text of the results section."""
     return "\n".join(
         [
             "`python -m recipes.experiments.real_model.table --write` makes this section from",
             f"`{COMMITTED}`. Differences are in points, with 95 % intervals.",
-            *_benchmark(results, "ifeval", "IFEval, prompts whose instructions are all followed, loosely"),
-            *_contrasts(results),
-            *_measures(results),
-            *_benchmark(results, "mixeval", "MixEval-Hard, by rules"),
-            *_pair_table(results),
-            *_choices(results),
-            *_lengths(results),
-            *_costs(results),
-            *_shown(results),
+            *_benchmark(runs, "ifeval", "IFEval, prompts whose instructions are all followed, loosely"),
+            *_contrasts(runs),
+            *_measures(runs),
+            *_benchmark(runs, "mixeval", "MixEval-Hard, by rules"),
+            *_pair_table(runs),
+            *_choices(runs),
+            *_lengths(runs),
+            *_costs(runs),
+            *_shown(runs),
             "",
         ]
     )
@@ -166,90 +178,118 @@ def _delta(tuned: Mapping[str, Any]) -> str:
 
 
 def _p(value: float | None) -> str:
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "" if value is None or math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _benchmark(results: Mapping[str, Any], benchmark: str, title: str) -> Iterator[str]:
-    compared = results["compared"][benchmark]
-    if compared is None:
+def _benchmark(runs: Runs, benchmark: str, title: str) -> Iterator[str]:
+    """The cells of all runs, each against the base of its run; Holm's correction is over all of them."""
+    compared = {run: results["compared"][benchmark] for run, results in runs.items()}
+    rows = [
+        (run, name, tuned)
+        for run, comparison in compared.items()
+        if comparison
+        for name, tuned in zip(comparison["names"], comparison["sections"][0]["tuned"], strict=True)
+    ]
+    if not rows:
         return
-    section = compared["sections"][0]
-    yield from _heading(title, "model", "score, %", "against the base", "p", "p, Holm", "better, worse", "answers cut")
-    cut = {name: model["truncated"] for name, model in results["evaluations"][benchmark].items()}
-    yield _row("base", _percent(section["base"]), "", "", "", "", cut["base"])
-    for name, tuned in zip(compared["names"], section["tuned"], strict=True):
-        counts = f"{tuned['better']}, {tuned['worse']}"
-        yield _row(name, _percent(tuned), _delta(tuned), _p(tuned["p"]), _p(tuned["p_holm"]), counts, cut[name])
+    heads = ("run", "model", "score, %", "against the base", "p", "p, Holm", "better, worse", "answers cut")
+    yield from _heading(title, *heads)
+    adjusted = iter(holm([math.nan if tuned["p"] is None else tuned["p"] for _, _, tuned in rows]))
+    for run, comparison in compared.items():
+        cut = {name: model["truncated"] for name, model in runs[run]["evaluations"][benchmark].items()}
+        if comparison:
+            yield _row(run, "base", _percent(comparison["sections"][0]["base"]), "", "", "", "", cut["base"])
+        for _, name, tuned in (row for row in rows if row[0] == run):
+            counts = f"{tuned['better']}, {tuned['worse']}"
+            yield _row(run, name, _percent(tuned), _delta(tuned), _p(tuned["p"]), _p(next(adjusted)), counts, cut[name])
 
 
-def _contrasts(results: Mapping[str, Any]) -> Iterator[str]:
-    """The primary cell minus each other one, by prompt. Not planned beforehand, so without corrected p-values."""
-    scores = {name: [*map(int, model["scores"])] for name, model in results["evaluations"]["ifeval"].items()}
-    others = [cell.name for cell in CELLS if cell != PRIMARY and cell.name in scores]
-    if others:
-        yield from _heading(f"{PRIMARY.name} minus the other cells", "cell", "difference", "better, worse")
-    for name in others:
-        difference = paired_difference(scores[name], scores[PRIMARY.name], range(len(scores[name])))
-        mean = f"{100 * difference.estimate.mean:+.1f} {_interval(difference.interval)}"
-        yield _row(name, mean.rstrip(), f"{difference.better}, {difference.worse}")
+def _contrasts(runs: Runs) -> Iterator[str]:
+    """The primary cell minus each other one of its run, by prompt. Not planned, so without corrected p-values."""
+    rows = []
+    for run, results in runs.items():
+        scores = {name: [*map(int, model["scores"])] for name, model in results["evaluations"]["ifeval"].items()}
+        for cell in CELLS:
+            if cell != PRIMARY and {cell.name, PRIMARY.name} <= scores.keys():
+                difference = paired_difference(scores[cell.name], scores[PRIMARY.name], range(len(scores[cell.name])))
+                mean = f"{100 * difference.estimate.mean:+.1f} {_interval(difference.interval)}".rstrip()
+                rows.append(_row(run, cell.name, mean, f"{difference.better}, {difference.worse}"))
+    if rows:
+        yield from _heading(f"{PRIMARY.name} minus the other cells", "run", "cell", "difference", "better, worse")
+        yield from rows
 
 
-def _measures(results: Mapping[str, Any]) -> Iterator[str]:
+def _measures(runs: Runs) -> Iterator[str]:
     """The primary cell by measure, and by types that occur in training and that do not."""
-    compared = results["compared"]["ifeval"]
-    index = compared["names"].index(PRIMARY.name)
-    yield from _heading("The primary cell by measure", "measure", "cases", "base, %", "after, %", "difference")
-    for section in compared["sections"]:
-        tuned, name = section["tuned"][index], section["split"] or "prompt_loose"
-        label = f"{name.replace('_', ', ')}{', types ' + section['benchmark'] if section['benchmark'] else ''}"
-        yield _row(label, section["rows"], _percent(section["base"]), _percent(tuned), _delta(tuned))
+    yield from _heading("The primary cell by measure", "run", "measure", "cases", "base, %", "after, %", "difference")
+    for run, results in runs.items():
+        compared = results["compared"]["ifeval"]
+        if PRIMARY.name not in compared["names"]:
+            continue
+        index = compared["names"].index(PRIMARY.name)
+        for section in compared["sections"]:
+            tuned, name = section["tuned"][index], section["split"] or "prompt_loose"
+            label = f"{name.replace('_', ', ')}{', types ' + section['benchmark'] if section['benchmark'] else ''}"
+            yield _row(run, label, section["rows"], _percent(section["base"]), _percent(tuned), _delta(tuned))
 
 
-def _pair_table(results: Mapping[str, Any]) -> Iterator[str]:
-    yield from _heading("Pairs", "pairs", "prompts", "pairs made", "dropped, by stage and reason")
-    for name, pairs in results["pairs"].items():
-        drops = ", ".join(f"{reason} {count}" for reason, count in pairs["drops"].items())
-        counts = pairs["counts"]
-        yield _row(name, counts["pairs"] + counts["dropped"], counts["pairs"], drops)
+def _pair_table(runs: Runs) -> Iterator[str]:
+    yield from _heading("Pairs", "run", "pairs", "prompts", "pairs made", "dropped, by stage and reason")
+    for run, results in runs.items():
+        for name, pairs in results["pairs"].items():
+            drops = ", ".join(f"{reason} {count}" for reason, count in pairs["drops"].items())
+            counts = pairs["counts"]
+            yield _row(run, name, counts["pairs"] + counts["dropped"], counts["pairs"], drops)
 
 
-def _choices(results: Mapping[str, Any]) -> Iterator[str]:
+def _choices(runs: Runs) -> Iterator[str]:
     title = "Rate and epochs, chosen on validation prompts"
-    yield from _heading(title, "cell", "rate, epochs: prompts followed loosely, %", "chosen")
-    for name, choice in results["chosen"].items():
-        tried = ", ".join(f"{c['rate']:g}, {c['epochs']}: {100 * c['validation']:.1f}" for c in choice["candidates"])
-        yield _row(name, tried, f"{choice['rate']:g}, {choice['epochs']}")
+    yield from _heading(title, "run", "cell", "rate, epochs: prompts followed loosely, %", "chosen")
+    for run, results in runs.items():
+        for name, choice in results["chosen"].items():
+            tried = (f"{c['rate']:g}, {c['epochs']}: {100 * c['validation']:.1f}" for c in choice["candidates"])
+            yield _row(run, name, ", ".join(tried), f"{choice['rate']:g}, {choice['epochs']}")
 
 
-def _lengths(results: Mapping[str, Any]) -> Iterator[str]:
-    heads = ("model", "tokens an answer to IFEval", "log-ratio of chosen, nats", "of rejected", "chosen that fell, %")
-    yield from _heading("Length, and what training moved on held-out pairs", *heads)
-    for name, model in results["evaluations"]["ifeval"].items():
-        tokens = [count for count in model["tokens"] if count is not None]
-        moved = results["moved"].get(name, {})
-        ratios = [f"{moved[key]:+.1f}" if key in moved else "" for key in ("logratios/chosen", "logratios/rejected")]
-        falls = f"{100 * moved['chosen_falls']:.0f}" if "chosen_falls" in moved else ""
-        yield _row(name, f"{sum(tokens) / len(tokens):.0f}" if tokens else "", *ratios, falls)
+def _lengths(runs: Runs) -> Iterator[str]:
+    heads = ("run", "model", "tokens an answer to IFEval", "log-ratio of chosen, nats", "of rejected")
+    yield from _heading("Length, and what training moved on held-out pairs", *heads, "chosen that fell, %")
+    for run, results in runs.items():
+        for name, model in results["evaluations"]["ifeval"].items():
+            tokens = [count for count in model["tokens"] if count is not None]
+            moved = results["moved"].get(name, {})
+            keys = ("logratios/chosen", "logratios/rejected")
+            ratios = [f"{moved[key]:+.1f}" if key in moved else "" for key in keys]
+            falls = f"{100 * moved['chosen_falls']:.0f}" if "chosen_falls" in moved else ""
+            yield _row(run, name, f"{sum(tokens) / len(tokens):.0f}" if tokens else "", *ratios, falls)
 
 
-def _costs(results: Mapping[str, Any]) -> Iterator[str]:
-    yield from _heading("Time and memory", "step", "minutes", "CPU minutes", "peak memory, MiB")
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for step in results["steps"]:  # the answers of a cell's candidates are one row
-        name, candidate, _ = step["step"].partition("/")
-        groups.setdefault(f"{name}, validation" if candidate else name, []).append(step)
-    for name, steps in groups.items():
-        minutes, cpu_minutes = (f"{sum(step[key] for step in steps) / 60:.1f}" for key in ("seconds", "cpu_seconds"))
-        yield _row(name, minutes, cpu_minutes, max(step["peak_mib"] for step in steps))
-    total = sum(step["seconds"] for step in results["steps"])
-    yield _row("all", f"{total / 60:.0f}", f"{sum(s['cpu_seconds'] for s in results['steps']) / 60:.0f}", "")
+def _costs(runs: Runs) -> Iterator[str]:
+    """The processor time of each model's steps by kind, and of each set of pairs."""
+    kinds = {"pairs": "pairs", "train": "training", "answers": "validation", "IFEval": "IFEval", "MixEval": "MixEval"}
+    heads = ("run", "of", *kinds.values(), "all", "wall minutes", "peak memory, MiB")
+    yield from _heading("Processor minutes and memory", *heads)
+    for run, results in runs.items():
+        groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+        for step in results["steps"]:
+            kind, name = step["step"].replace("answers IFEval", "IFEval").split(" ")[:2]
+            groups.setdefault(name.partition("/")[0], []).append((kind, step))
+        for name, steps in {**groups, "all": [*chain.from_iterable(groups.values())]}.items():
+            by_kind = [[step for kind, step in steps if kind == column] for column in kinds]
+            everything = [step for _, step in steps]
+            cells = [_minutes(chosen, "cpu_seconds") for chosen in (*by_kind, everything)]
+            yield _row(run, name, *cells, _minutes(everything, "seconds"), max(step["peak_mib"] for step in everything))
 
 
-def _shown(results: Mapping[str, Any]) -> Iterator[str]:
-    yield from (
-        "",
-        f"### Five answers, every {len(results['evaluations']['ifeval']['base']['scores']) // ANSWERS}th prompt",
-    )
+def _minutes(steps: Sequence[Mapping[str, Any]], key: str) -> str:
+    return f"{sum(step[key] for step in steps) / 60:.1f}" if steps else ""
+
+
+def _shown(runs: Runs) -> Iterator[str]:
+    """Answers of the first run that has the primary cell."""
+    results = next(results for results in runs.values() if results["answers"])
+    count = len(results["evaluations"]["ifeval"]["base"]["scores"]) // ANSWERS
+    yield from ("", f"### Five answers, every {count}th prompt")
     for answer in results["answers"]:
         yield from ("", "```text", f"PROMPT  {_clipped(answer['prompt'])}", "")
         for name in ("before", "after"):
@@ -265,21 +305,17 @@ def _clipped(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the results of docs/real_model.md.")
     parser.add_argument("--out", type=Path, help="the folder of a run; for --collect")
-    parser.add_argument("--collect", action="store_true", help=f"read the folder, and write {COMMITTED}")
+    parser.add_argument("--collect", type=int, metavar="RUN", help=f"read --out, and write {COMMITTED}/run-RUN.json")
     parser.add_argument("--write", action="store_true", help=f"write the results into {PAGE}")
     args = parser.parse_args()
-    if args.collect and args.out is None:
-        parser.error("--collect needs --out, the folder of a run")
+    if (args.collect is None) != (args.out is None):
+        parser.error("--collect and --out need each other: the number and the folder of a run")
     out = args.out.resolve() if args.out else None
     os.chdir(ROOT)
     try:
-        if args.collect:
-            assert out is not None
-            COMMITTED.parent.mkdir(exist_ok=True)
-            write_json(COMMITTED, collect(out))
-        if not COMMITTED.exists():
-            raise UserError(f"{COMMITTED} is missing; make it with --out FOLDER --collect")
-        text = page(read_json(COMMITTED))
+        if out is not None:
+            write_json(COMMITTED / f"run-{args.collect}.json", collect(out))
+        text = page(read_runs(COMMITTED))
     except UserError as error:
         raise SystemExit(f"real: {error}") from None
     print(text)
