@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from apo.data.tokenize import eos_ids, first_rows
+from apo.packing.layout import packed_length
 from clair.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ Rounding also differs if the reference's log-probs are from the cache, computed 
 
 
 def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float]:
-    """Check one batch as the trainer prepares it. Returns the mean rewards, which are 0 up to rounding.
+    """Check one batch as the trainer prepares it. Returns the mean rewards of its two shortest rows, 0 up to rounding.
 
-    Raises UserError if the end of a response is not trained, or if the policy is not its own reference.
+    Two rows show whether the reference is another model; more would only delay the first step. Raises UserError if the
+    end of a response is not trained, or if the policy is not its own reference.
     """
     examples = first_rows(trainer.train_dataset, rows)
     batch = trainer.data_collator(examples)
@@ -31,7 +33,8 @@ def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float
     _check_ends(trainer, batch, torch.tensor(present).nonzero().squeeze(1))
     if not trainer.objective.needs_reference:
         return {}
-    return _check_initial_rewards(trainer, batch)
+    shortest = sorted(range(len(batch)), key=lambda index: packed_length(batch.examples[index]))[:2]
+    return _check_initial_rewards(trainer, batch.select(shortest))
 
 
 def _check_ends(trainer: APOTrainer, batch: PairBatch, rows: torch.Tensor) -> None:

@@ -1,12 +1,15 @@
-"""How long until something happens: importing the packages, --help of the commands, and the smallest build.
+"""How long until something happens: importing the packages, --help of the commands, the smallest build, and training.
 
-Seconds, best of ten. The build has two rows, which its server answers after a second each, at once.
+Seconds, best of ten. The build has two rows, which its server answers after a second each, at once. Training is
+`apo train` on the real model (CLAIR_REAL_MODEL) and the 24 pairs of train_vs_trl, in full: from the start of the
+command to that of its first step, without and with the reference's log-probs in the cache.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -17,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-TRIES, BUILDS = 10, 5
+TRIES, BUILDS, STARTS = 10, 5, 3
 
 
 def measure() -> dict[str, Any]:
@@ -32,6 +35,7 @@ def measure() -> dict[str, Any]:
     return {
         "seconds": {name: round(min(_seconds(command) for _ in range(TRIES)), 3) for name, command in commands.items()},
         "build_of_two_rows": _builds(),
+        "train_to_first_step": _training(),
         "load_average": round(os.getloadavg()[0], 1),
     }
 
@@ -61,3 +65,37 @@ def _builds() -> dict[str, Any]:
     cpu = (after.children_user + after.children_system - before.children_user - before.children_system) / BUILDS
     spread = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds), "cpu": cpu}
     return {name: round(value, 2) for name, value in spread.items()}
+
+
+def _training() -> dict[str, Any] | None:
+    """The command until its first step: the first time, and then with the cache that it left. None without a model."""
+    sys.path.insert(0, str(ROOT))
+    from tests.benchmarks.train_vs_trl import REAL_BATCH, REAL_MODEL, real_data
+
+    if not (REAL_MODEL / "model.safetensors").is_file():
+        return None
+    seconds: dict[str, list[float]] = {"first": [], "cached": []}
+    for _ in range(STARTS):
+        with tempfile.TemporaryDirectory() as name:
+            real_data()["train_dataset"].to_json(f"{name}/pairs.jsonl")
+            recipe = {"model": str(REAL_MODEL), "dataset": f"{name}/pairs.jsonl", "trainer": {"max_length": 8192}}
+            recipe |= {"pairs_per_step": REAL_BATCH, "eval": False, "samples": 0, "probe": 0}
+            for kind, values in seconds.items():
+                file = Path(name) / f"{kind}.yaml"
+                file.write_text(json.dumps({**recipe, "out": f"{name}/{kind}"}), "utf-8")
+                values.append(_until_first_step([BIN / "apo", "train", file], REAL_BATCH, Path(name) / "cache"))
+    return seconds
+
+
+def _until_first_step(command: list[Any], pairs: int, cache: Path) -> float:
+    """Seconds from the start of a command to that of its first step, by the step's line. Then it is killed."""
+    start = time.perf_counter()
+    environment = {**os.environ, "CLAIR_CACHE": str(cache)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if match := re.match(r"step 1/.* ([0-9.]+) pairs/s", line):
+                seconds = time.perf_counter() - start - pairs / float(match[1])
+                run.kill()
+                return round(seconds, 2)
+    raise RuntimeError(f"{command} ended before its first step")
