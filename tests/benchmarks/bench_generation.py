@@ -8,11 +8,11 @@ peak memory (all of the process, weights included) leave the loading out.
 
     ours          a local model, 16 rows at once; a waiting prompt takes the place of an answer that has ended
     transformers  `generate`, batches of 16 prompts in their order, each as long as its longest answer
-    llama.cpp     the GGUF file that CLAIR_GGUF names, one prompt at a time, by the interpreter CLAIR_LLAMA_PYTHON (this
-                  one if absent), which needs llama-cpp-python; its weights may be narrower
+    llama.cpp     its server on the GGUF file that CLAIR_GGUF names, 16 slots, by the interpreter CLAIR_LLAMA_PYTHON
+                  (this one if absent), which needs xllamacpp, a wheel of llama.cpp; its weights may be narrower
 
-Ours and transformers hold the same number of rows. Their tokens are compared row by row: another order of summation
-changes a token where two are equally likely, and all that follow it.
+All sides hold the same number of rows. Tokens of ours and transformers are compared row by row: another order of
+summation changes a token where two are equally likely, and all that follow it.
 """
 
 from __future__ import annotations
@@ -173,21 +173,22 @@ def _ours(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
-    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
+    from concurrent.futures import ThreadPoolExecutor
 
-    room = max(map(len, job["ids"])) + job["tokens"]
-    model = Llama(job["gguf"], n_ctx=room, n_threads=len(os.sched_getaffinity(0)), verbose=False)
+    import xllamacpp  # pyright: ignore[reportMissingImports]
 
-    def answer(ids: list[int]) -> list[int]:
-        model.reset()
-        tokens: list[int] = []
-        for token in model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
-            tokens.append(token)
-            if token == END or len(tokens) == job["tokens"]:
-                break
-        return tokens
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_parallel = job["gguf"], BATCH
+    params.n_ctx = BATCH * (max(map(len, job["ids"])) + job["tokens"])
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
+    server = xllamacpp.Server(params)
 
-    return _measured(lambda: [answer(ids) for ids in job["ids"]])
+    def answer(messages: list[dict[str, str]]) -> list[int]:
+        request = {"messages": messages, "temperature": 0, "max_tokens": job["tokens"]}
+        return [0] * server.handle_chat_completions(request)["usage"]["completion_tokens"]  # their number is compared
+
+    with ThreadPoolExecutor(BATCH) as pool:
+        return _measured(lambda: list(pool.map(answer, job["messages"])))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The environment variable CLAIR_TEST_SERVER holds the command that starts it, with {port} in the place of the port:
 
-    python -m llama_cpp.server --model SmolLM2-135M-Instruct.Q4_1.gguf --port {port}
+    python -m tests.clair.inference.llama_server SmolLM2-135M-Instruct.Q4_1.gguf {port}     # needs xllamacpp
     vllm serve SmolLM2-135M-Instruct --port {port}
 """
 
