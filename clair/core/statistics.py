@@ -202,7 +202,11 @@ def paired_difference(base: Sequence[float], tuned: Sequence[float], clusters: S
 def sign_test(better: int, worse: int) -> float:
     """Two-sided p-value of the exact sign test (McNemar's for scores 0 and 1); 1 if nothing differs."""
     n = better + worse
-    return min(1.0, 2 * math.fsum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n)
+    ways = total = 1  # integers: from n = 1,024 on they are no floats
+    for k in range(min(better, worse)):
+        ways = ways * (n - k) // (k + 1)
+        total += ways
+    return min(1.0, 2 * total / 2**n)
 
 
 def equivalence_p(estimate: Estimate, margin: float) -> float:

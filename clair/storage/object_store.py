@@ -23,6 +23,8 @@ from clair.core.urls import public_url
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 """The extra of this package that installs an implementation. For others fsspec names the package to install."""
 _LOCAL = ("file", "local")
+_NO_VERSION = ("name", "url", "size", "type", "mimetype", "partial")
+"""What implementations say of an object that stays the same when its content changes."""
 _SECRET_NAME = re.compile(r"secret|token|password|key", re.IGNORECASE)
 _PATIENCE = 30.0  # seconds of retries for a store that does not answer
 _FIRST_BACKOFF = 0.25
@@ -114,10 +116,14 @@ class Store:
         return bool(self._retry("read", lambda: self._fs.info(self._root))["type"] == "directory")
 
     def mark(self, name: str = "") -> str:
-        """A hash that changes with an object: of its size and version, as far as the store gives them."""
-        info = self._retry("read", lambda: self._fs.info(self._path(name)))
-        names = ("size", "ETag", "etag", "mtime", "LastModified", "created", "version_id", "generation")
-        return content_hash([str(info.get(name)) for name in names])
+        """A hash that changes with an object: of its address and what the store says of its size and version.
+
+        It is another one each time if the store says no version (no date, no ETag, nothing that implementations add).
+        """
+        path = self._path(name)
+        info = self._retry("read", lambda: self._fs.info(path))
+        version = {name: str(value) for name, value in info.items() if name not in _NO_VERSION and value is not None}
+        return content_hash([path, info.get("size"), version or time.time_ns()])
 
     # ---- writing
 

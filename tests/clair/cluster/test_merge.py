@@ -13,6 +13,7 @@ import pytest
 
 from clair.cluster.merge import _allow_files, merge
 from clair.core.errors import UserError
+from clair.inference.model import RequestFailed
 from clair.pipeline.build import build
 from clair.pipeline.config import redacted
 from clair.pipeline.shards import Shard, parse_shard, shard_config
@@ -84,6 +85,26 @@ def test_a_merged_folder_is_built_again_without_asking(tmp_path, monkeypatch):
     assert build(config).manifest["counts"] == manifest(tmp_path / "all")["counts"]
     assert final_bytes(tmp_path / "all") == files
     assert len(model.requests) == request_count
+
+
+def test_a_row_that_failed_in_a_merge_and_is_answered_before_the_next_is_paid_for_once(tmp_path, monkeypatch):
+    refusals = [True]
+
+    def answer(messages, sample):
+        if "question 3" in messages[0]["content"] and refusals:
+            raise RequestFailed("refused", "not today")
+        return revision(messages, sample)
+
+    model = Scripted("reviser", answer)
+    install(monkeypatch, reviser=model)
+    config = settings(tmp_path / "all", [{"prompt": f"question {n}", "answer": "a bad answer"} for n in range(6)])
+    for _ in range(2):
+        build_all(config, 2)
+        merge(tmp_path / "all-shards")
+        refusals.clear()
+    sent = len(model.requests)
+    assert build(config).manifest["counts"]["pairs"] == 6
+    assert len(model.requests) == sent
 
 
 def test_shards_that_share_a_ledger_pay_once_for_equal_requests(tmp_path, monkeypatch):

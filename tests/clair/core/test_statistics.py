@@ -268,6 +268,11 @@ def test_the_sign_test_agrees_with_scipy(better, worse):
         assert sign_test(0, 0) == 1
 
 
+@pytest.mark.parametrize(("better", "worse"), [(512, 512), (0, 1024), (900, 1100), (9000, 9300)])
+def test_the_sign_test_of_thousands_agrees_with_scipy(better, worse):
+    assert sign_test(better, worse) == pytest.approx(stats.binomtest(better, better + worse).pvalue, rel=1e-9)
+
+
 def test_four_better_and_none_worse_is_no_difference_though_t_finds_one():
     tuned = [1.0] * 4 + [0.0] * 96
     difference = paired_difference([0.0] * 100, tuned, range(100))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -176,3 +180,58 @@ def test_a_manifest_cannot_have_files_put_elsewhere(folder, url, tmp_path, name)
     with pytest.raises(UserError, match=r"its manifest\.json is none of `clair build`"), Location(url).local_copy():
         pass
     assert not list(tmp_path.rglob("outside.txt*"))
+
+
+class _Files(BaseHTTPRequestHandler):
+    """Files by path and query, each with its headers."""
+
+    files: ClassVar[dict[str, tuple[str, dict[str, str]]]] = {}
+
+    def do_GET(self) -> None:
+        text, headers = self.files[self.path]
+        self.send_response(200)
+        for name, value in {"Content-Length": str(len(text)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(text.encode())
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch) -> Iterator[str]:
+    """The address of a web server of `_Files.files`."""
+    monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_Files, "files", {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Files)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
+
+
+@pytest.mark.parametrize("version", ["Last-Modified", "ETag", None])
+def test_a_file_on_the_web_that_has_changed_is_read_anew_whatever_the_server_says_of_it(web, version):
+    for number, text in enumerate(("cats", "dogs")):
+        stamp = {"Last-Modified": f"Mon, 30 Nov 2026 0{number}:00:00 GMT", "ETag": f'"{number}"'}
+        headers = {version: stamp[version]} if version else {}
+        _Files.files["/p.jsonl"] = (json.dumps({"prompt": text}) + "\n", headers)
+        (prompt,) = read_prompts(PromptSource(path=f"{web}/p.jsonl"))
+        assert prompt.messages[0]["content"] == text
+
+
+def test_two_files_on_the_web_that_only_their_queries_distinguish_are_two(web):
+    headers = {"ETag": '"1"'}
+    for name in ("cats", "dogs"):
+        _Files.files[f"/p.jsonl?v={name}"] = (json.dumps({"prompt": name}) + "\n", headers)
+    for name in ("cats", "dogs", "cats"):
+        (prompt,) = read_prompts(PromptSource(path=f"{web}/p.jsonl?v={name}"))
+        assert prompt.messages[0]["content"] == name
