@@ -70,13 +70,14 @@ def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = No
 
 def calibrate(context: typer.Context, recipe: RecipeFile = None, set_: Overrides = None) -> None:
     """Calibrate a filter on the score gap from audited pairs, with a guarantee."""
+    from apo.data.pair_rows import read_pair_rows
     from apo.guarantees.calibrate import calibrate as find_threshold
-    from apo.guarantees.calibrate import read_audit, read_scored
+    from apo.guarantees.calibrate import read_audit
     from apo.guarantees.config import CalibrateConfig
 
     config = read_recipe(context, CalibrateConfig, recipe, set_)
     manifest, trained_ids = _manifest(config), _trained_ids(config)
-    rows, audit = read_scored(config.dataset), read_audit(config.audit)
+    rows, audit = read_pair_rows(config.dataset), read_audit(config.audit)
     filter_ = find_threshold(rows, audit, config.alpha, config.guarantee, delta=config.delta, trained_on=trained_ids)
     print(f"{filter_.promise}.")
     total = len(filter_.accepted) + len(filter_.dropped)
@@ -88,13 +89,14 @@ def calibrate(context: typer.Context, recipe: RecipeFile = None, set_: Overrides
 
 def certify(context: typer.Context, recipe: RecipeFile = None, set_: Overrides = None) -> None:
     """Certify how far a score is from a property, with a guarantee. Pairs that differ by less are undecided."""
+    from apo.data.pair_rows import read_pair_rows
     from apo.guarantees.calibrate import certify as find_certificate
-    from apo.guarantees.calibrate import read_scored, undecided
+    from apo.guarantees.calibrate import undecided
     from apo.guarantees.config import CertifyConfig
 
     config = read_recipe(context, CertifyConfig, recipe, set_)
     manifest, trained_ids = _manifest(config), _trained_ids(config)
-    rows = read_scored(config.dataset)
+    rows = read_pair_rows(config.dataset)
     options = config.model_dump(include={"of", "than", "ladder", "bound"})
     certificate = find_certificate(
         rows, config.alpha, config.property, **options, distance=config.distance or "", trained_on=trained_ids

@@ -9,19 +9,19 @@ per `CHUNK_PAIRS` pairs; its key is a hash of weights, number type, attention im
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from apo.data.encoding import common_prefix
-from apo.data.sources import check_exists, split_names
+from apo.data.pair_rows import read_pair_rows
 from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
 from clair.core.files import content_hash
-from clair.data.records import LABELS, SCORES
-from clair.storage.location import Location, cache_root
+from clair.data.records import LABELS
+from clair.data.row_formats import COLUMNS
+from clair.storage.location import cache_root
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -146,8 +146,8 @@ def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
 class EncodedPairs:
     """Pairs with their features.
 
-    `rows` have plain values: id, prompt, chosen and rejected as messages, `LABELS`, and scores. `features` and
-    `tokenized` (token ids) are in the same order. Features of a file come without `tokenized` and `model`.
+    `rows` are those of `read_rows`. `features` and `tokenized` (token ids) are in the same order. Features of a file
+    come without `tokenized` and `model`.
     """
 
     rows: list[dict[str, Any]]
@@ -168,17 +168,13 @@ def encode_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], Non
     Raises UserError for a model that cannot be read, before anything is computed. Pairs that are longer than the
     model's context are left out, with a note.
     """
-    from datasets import Dataset
-
     from apo.data.tokenize import eos_ids, tokenize
     from apo.models import load as models
 
     name = models.find_model(model)
     tokenizer = models.load_tokenizer(name)
     eos = eos_ids(tokenizer, models.load_generation_config(name))
-    columns = ("prompt", "chosen", "rejected", "id", "chat_template_kwargs")
-    dataset = Dataset.from_list([{**{c: row.get(c) for c in columns}, "_index": i} for i, row in enumerate(rows)])
-    tokenized = tokenize(dataset, tokenizer, models.context_length(name), eos, "given")
+    tokenized = tokenize(_normalised(rows), tokenizer, models.context_length(name), eos, "given")
     for note in tokenized.notes:
         log(f"note: {note}")
     if "too_long" in tokenized.dropped:
@@ -193,40 +189,32 @@ def encode_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], Non
     return EncodedPairs(remaining, features, tokenized.dataset, loaded)
 
 
-def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Read all pairs of some datasets as plain rows, with their split (train or test) in the column `split`.
+def _normalised(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Return rows as the dataset that `load_pairs` would give: tools, calls and options of the template as JSON text.
 
-    A missing `id` becomes the content's hash. A missing `source` becomes the pipeline that built the folder, or the
-    path's last component. Labels are text or None.
+    Arrow would merge the keys of all tools, and refuse arguments of different types.
     """
-    from clair.data.dataset import SPLITS, load_pairs, read_manifest
-    from clair.data.dataset import read_rows as read_folder
+    from datasets import Dataset
 
-    rows: list[dict[str, Any]] = []
-    for path in map(Location, paths):
-        check_exists(path)
-        with path.local_copy() as folder:
-            if (folder / "manifest.json").is_file():
-                source, splits = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]
-            else:
-                present = [s for s in SPLITS if s in split_names(path)] if folder.is_dir() else ["train"]
-                source, splits = Path(path).stem, [(s, load_pairs(path, s)) for s in present]
-        for split, row in ((split, row) for split, split_rows in splits for row in split_rows):
-            content = [row["prompt"], row["chosen"], row["rejected"]]
-            labels = {name: None if row.get(name) is None else str(row[name]) for name in LABELS}
-            labels["source"] = labels["source"] or source
-            scores = {name: row[name] for name in SCORES if row.get(name) is not None}
-            mode = row.get("chat_template_kwargs")
-            rows.append(
-                {
-                    "id": str(row.get("id") or content_hash(content)[:16]),
-                    **dict(zip(("prompt", "chosen", "rejected"), content, strict=True)),
-                    **labels,
-                    **scores,
-                    "chat_template_kwargs": json.loads(mode) if isinstance(mode, str) else mode,
-                    "split": split,
-                }
-            )
+    from clair.data.preferences import ROW, TRAITS, decode, encode_row
+
+    columns = (*COLUMNS, "tools", "chat_template_kwargs")
+    keep_text = all(isinstance(row["chosen"], str) for row in rows)
+    encoded = []
+    for index, row in enumerate(rows):
+        given = {name: row[name] for name in columns if row.get(name) is not None}
+        text, traits = encode_row(given, f"pair {row['id']!r}", keep_text=keep_text)
+        encoded.append({"id": row["id"], "_index": index, ROW: text, TRAITS: traits})
+    return decode(Dataset.from_list(encoded), "given dataset").dataset
+
+
+def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Read all pairs of some datasets as `read_pair_rows` does. Labels are text or None."""
+    rows = [
+        {**row, **{name: None if row.get(name) is None else str(row[name]) for name in LABELS}}
+        for path in paths
+        for row in read_pair_rows(path)
+    ]
     if not rows:
         raise UserError(f"{', '.join(paths)} hold no pairs")
     return rows

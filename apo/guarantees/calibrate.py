@@ -6,14 +6,13 @@ The unit of every guarantee is the prompt: if a prompt has several rows, one is 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from apo.data.sources import check_exists
+from apo.data.pair_rows import pair_id, read_pair_rows
 from apo.guarantees.conformal import (
     candidate_thresholds,
     crc_threshold,
@@ -23,7 +22,7 @@ from apo.guarantees.conformal import (
 )
 from apo.guarantees.properties import Certificate, PropertyKind, certify_widths, critical_widths
 from clair.core.errors import UserError, list_some, near_miss
-from clair.core.files import content_hash
+from clair.core.files import content_hash, read_json
 from clair.data.records import SCORES
 from clair.data.row_files import read_jsonl
 from clair.storage.location import Location
@@ -182,7 +181,7 @@ def check_no_overlap(rows: Sequence[Mapping[str, Any]], trained_on: Iterable[str
     A row that `apo reward score` with `by_group` derived from a pair counts as that pair; its column `pair` has the id.
     """
     trained = set(trained_on)
-    ids = [str(row.get("pair") or row["id"]) for row in rows]
+    ids = [pair_id(row) for row in rows]
     common = [id for id in dict.fromkeys(ids) if id in trained]
     if common:
         raise UserError(
@@ -233,26 +232,17 @@ def read_audit(path: str | Path) -> list[dict[str, Any]]:
     return list({row["id"]: row for row in rows}.values())
 
 
-def read_scored(path: str | Path) -> list[dict[str, Any]]:
-    """Read all rows of a dataset folder or file, local or at a URL. A row without `id` gets its content's hash."""
-    from clair.data.dataset import load_pairs, read_rows
-
-    location = Location(path)
-    check_exists(location)
-    with location.local_copy() as folder:
-        if (folder / "manifest.json").is_file():
-            return list(read_rows(folder))
-    return [{**row, "id": str(row.get("id") or content_hash(row)[:16])} for row in load_pairs(path)]
-
-
 def read_ids(path: str | Path) -> list[str]:
-    """Read the ids that a judge was trained on from a reward's folder, a dataset folder, or JSONL rows with `id`."""
+    """Read the ids that a judge was trained on from a reward's folder, a dataset folder, or JSONL rows with `id`.
+
+    Those of a reward include the comparisons of the users who were added to it.
+    """
     folder = Path(path)
     if (folder / "reward.json").is_file():
-        return list(json.loads((folder / "reward.json").read_text("utf-8"))["trained_on"])
-    if folder.is_dir() or Location(path).is_url:
-        return [row["id"] for row in read_scored(path)]
-    return [row["id"] for row in _jsonl(path, "file of ids")]
+        added = (read_json(file)["answers"] for file in sorted((folder / "users").glob("*.json")))
+        return [*read_json(folder / "reward.json")["trained_on"], *(answer["id"] for row in added for answer in row)]
+    rows = read_pair_rows(path) if folder.is_dir() or Location(path).is_url else _jsonl(path, "file of ids")
+    return [pair_id(row) for row in rows]
 
 
 def _jsonl(path: str | Path, name: str) -> list[dict[str, Any]]:

@@ -118,7 +118,8 @@ def curve(context: typer.Context, recipe: RecipeFile = None, out: Out = None, se
 
     check_folder(config)
     pairs = _with_users(_encode(config, prompt=config.by_prompt))
-    check_folder(config, content_hash([pairs.features.model, pairs.rows]))
+    columns = ("id", "prompt", "chosen", "rejected", "user", "split")
+    check_folder(config, content_hash([pairs.features.model, [[row[name] for name in columns] for row in pairs.rows]]))
     results = measure(config, to_comparisons(pairs), [row["split"] == "test" for row in pairs.rows], print_line)
     summary = summarise(results, config)
     write_json(config.out / "curve.json", summary)
@@ -255,7 +256,8 @@ def _write_scored(rows: list[dict[str, Any]], out: Path) -> None:
     for file, split_rows in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         if split_rows:
-            write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows))
+            lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in split_rows)
+            write_atomically(file, "".join(lines))
         else:
             file.unlink(missing_ok=True)  # written by an earlier run
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from apo.analysis.features import EncodedPairs, Pooling
+from apo.data.pair_rows import pair_id
 from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Scorer, win_rate
@@ -88,7 +89,7 @@ class Reward:
             "users": list(data.users),
             "model": model,
             "features": pairs.features.model,
-            "trained_on": sorted({row["id"] for row in pairs.rows}),
+            "trained_on": sorted({pair_id(row) for row in pairs.rows}),
             **extra,
             **provenance(),
         }

@@ -9,10 +9,11 @@ import torch
 
 from apo.analysis import features
 from apo.analysis.features import NAMES, Features, compute_features, encode_rows, last_hidden, read_rows
+from apo.data.sources import Source, load_train
 from apo.data.tokenize import eos_ids, tokenize
 from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
-from tests.apo.conftest import make_model, make_pairs, make_tokenizer
+from tests.apo.conftest import TEMPLATE, make_model, make_pairs, make_tokenizer
 
 
 def tiny(family: str):
@@ -123,7 +124,7 @@ def test_an_adapter_has_features_of_its_own(tokenized, tmp_path):
 def test_pairs_of_files_come_with_their_labels_and_features(model_dir, tmp_path):
     rows = make_pairs(6)
     for index, row in enumerate(rows):
-        row |= {"user": index % 2, "score_chosen": 2.0, "extra": "left out"}
+        row |= {"user": index % 2, "score_chosen": 2.0, "extra": "kept"}
         del row["id"]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     messages = []
@@ -134,7 +135,32 @@ def test_pairs_of_files_come_with_their_labels_and_features(model_dir, tmp_path)
     assert {row["source"] for row in labelled_pairs.rows} == {"some"}
     assert labelled_pairs.rows[0]["score_chosen"] == 2.0
     assert len({row["id"] for row in labelled_pairs.rows}) == 6
-    assert "extra" not in labelled_pairs.rows[0]
+    assert labelled_pairs.rows[0]["extra"] == "kept"
+
+
+def test_tools_are_part_of_the_prompt_that_is_scored_and_calls_may_differ_in_their_arguments(tmp_path):
+    """Features read what `apo train` reads: the tools, and calls whose arguments Arrow could not put in one column."""
+    template = "{% if tools %}<|start|>system\n{{ tools[0]['name'] }}<|end|>{% endif %}" + TEMPLATE
+    template = template.replace("m['content'] }}", "m['content'] }}{{ m.tool_calls[0].arguments.x if m.tool_calls }}")
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer(template).save_pretrained(tmp_path / "model")
+    rows = make_pairs(4)
+    rows[0] |= {"tools": [{"name": "one", "parameters": {"x": {"default": 1}}}]}
+    rows[1] |= {"tools": [{"name": "two", "parameters": {"x": {"default": "a"}, "y": None}}]}
+    for row, x in zip(rows, (7, "six", None), strict=False):
+        row["prompt"] += [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": x}}]}]
+        row["prompt"] += [{"role": "user", "content": "what"}]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = encode_rows(read_rows([str(tmp_path / "some.jsonl")]), str(tmp_path / "model"))
+    trained = tokenize(
+        load_train([Source(path=str(tmp_path / "some.jsonl"))], 0), make_tokenizer(template), None, frozenset([3])
+    ).dataset
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert scored.tokenized[column][:] == trained[column][:]
+    first, second = (make_tokenizer(template).decode(ids) for ids in scored.tokenized["prompt_ids"][:2])
+    assert first != second
+    assert [row.get("tools") for row in scored.rows] == [row.get("tools") for row in rows]
+    assert scored.rows[1]["prompt"] == rows[1]["prompt"]
 
 
 def test_pairs_longer_than_the_context_are_left_out_and_reported(model_dir, tmp_path):

@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 from apo.analysis.features import read_rows
+from apo.data.pair_rows import read_pair_rows
 from apo.data.sources import Source, load_eval, load_train, split_names
-from apo.guarantees.calibrate import read_ids, read_scored
+from apo.guarantees.calibrate import read_ids
 from apo.training.config import TrainConfig
 from apo.training.train import train
 from clair.core.errors import UserError
@@ -35,7 +36,7 @@ def test_a_folder_at_a_url_gives_the_pairs_of_the_folder(folder):
     assert load_eval(remote, True).to_list() == load_eval(local, True).to_list()
     assert split_names(remote[0].path) == split_names(local[0].path) == ["train", "test"]
     assert read_rows([remote[0].path]) == read_rows([local[0].path])
-    assert read_scored(remote[0].path) == read_scored(local[0].path)
+    assert read_pair_rows(remote[0].path) == read_pair_rows(local[0].path)
     assert read_ids(remote[0].path) == read_ids(local[0].path)
     assert len(read_ids(local[0].path)) == 40
 

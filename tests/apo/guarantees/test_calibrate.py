@@ -73,6 +73,20 @@ def test_the_command_sets_a_filter_says_its_promise_and_clair_keep_applies_it(fo
     assert [row["id"] for row in read_rows(folder)] == expected
 
 
+def test_both_splits_of_a_scored_folder_are_calibrated_and_certified(folder, tmp_path):
+    """`apo reward score --out FOLDER` writes train.jsonl and test.jsonl."""
+    rows = list(read_rows(folder))
+    (tmp_path / "scored").mkdir()
+    for name, part in (("train", rows[:-30]), ("test", rows[-30:])):
+        (tmp_path / f"scored/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    result = run("calibrate", dataset=tmp_path / "scored", audit=tmp_path / "audit.jsonl", alpha=0.1)
+    assert f"of {len(rows):,} pairs" in result.output
+    assert f"of {len(rows):,} units" in run("certify", dataset=tmp_path / "scored", property="floor").output
+    (tmp_path / "audit.jsonl").write_text(json.dumps({"id": rows[-1]["id"], "bad": False}))
+    recipe = {"dataset": folder, "audit": tmp_path / "audit.jsonl", "trained_on": [tmp_path / "scored"]}
+    assert f"trained on {rows[-1]['id']!r}" in failure("calibrate", **recipe)
+
+
 def test_the_printed_filter_is_one_that_a_recipe_takes(folder, tmp_path):
     output = run("calibrate", dataset=folder, audit=tmp_path / "audit.jsonl", alpha=0.1).output
     from clair.core.recipe import parse_yaml

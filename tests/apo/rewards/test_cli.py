@@ -18,51 +18,7 @@ from apo.rewards.serve import AnswerScorer
 from clair.core.errors import UserError
 from tests.apo.conftest import NUMBERS, make_model, make_tokenizer
 from tests.apo.recipe_command import failure, run
-
-USERS = 8
-
-
-def taste(rng: random.Random, user: str, likes_numbers: bool, n: int) -> list[dict]:
-    """Comparisons of an answer in numbers with one in words, by a user who always prefers the same of the two."""
-    rows = []
-    for index in range(n):
-        question = "what is the " + " ".join(rng.choices(NUMBERS, k=2))
-        numbers, prose = " ".join(rng.choices(NUMBERS, k=4)), " ".join(rng.choices(["a", "the", "of", "is"], k=4))
-        chosen, rejected = (numbers, prose) if likes_numbers else (prose, numbers)
-        rows.append(
-            {
-                "id": f"{user}-{index}",
-                "prompt": [{"role": "user", "content": question}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-                "user": user,
-            }
-        )
-    return rows
-
-
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A tiny model, comparisons of users of two opposite tastes, and a reward of each kind fitted on them."""
-    folder = tmp_path_factory.mktemp("rewards")
-    make_model().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    rng = random.Random(0)
-    rows = [row for user in range(USERS) for row in taste(rng, f"u{user}", user % 2 == 0, 20)]
-    write(folder / "pairs.jsonl", rows)
-    for kind in ("bradley_terry", "pal", "vpl"):
-        result = run("reward fit", dataset=folder / "pairs.jsonl", model=folder / "model", kind=kind, out=folder / kind)
-        assert result.exit_code == 0, result.output
-    return folder
-
-
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from tests.apo.rewards.tastes import USERS, read, taste, write
 
 
 def test_the_folder_says_what_it_is_and_reads_back_as_it_was(world):
