@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from apo.analysis.bootstrap import DRAWS, Interval, bootstrap_interval, bootstrap_weights
 from apo.analysis.clusters import clusters_of
 from apo.analysis.gradients import head_gradients, logp_gradients
+from apo.data.message_texts import answer_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,9 +136,9 @@ def distinguish(
     rows = [[pairs.rows[index] for index in indices.tolist()] for indices in members]
     literals = [literal_of(group, pairs.features.prompt[indices]) for group, indices in zip(rows, members, strict=True)]
     cells = [
-        (number, indices[torch.tensor([_text(row["chosen"]) == answer for row in group])] if literal else indices)
+        (number, indices[torch.tensor([answer_text(row["chosen"]) == answer for row in group])] if literal else indices)
         for number, (literal, group, indices) in enumerate(zip(literals, rows, members, strict=True))
-        for answer in (sorted({_text(row["chosen"]) for row in group}) if literal else [""])
+        for answer in (sorted({answer_text(row["chosen"]) for row in group}) if literal else [""])
     ]
     speeds, ranks = _speeds(steps, cells, draws, seed)
     if all(literals):
@@ -177,7 +178,7 @@ def distinguish(
     clusters, ranked_cosines = [results[number] for number in ranking], cosines[ranking][:, ranking].tolist()
     warnings = warnings_of(mixture.name, beta, pull, clusters)
     for name, group in zip(order, rows, strict=True):
-        if len({(_text(row["chosen"]), _text(row["rejected"])) for row in group}) == 1:
+        if len({(answer_text(row["chosen"]), answer_text(row["rejected"])) for row in group}) == 1:
             warnings.append(
                 f"{name} prefers the same answer to the same other in all of its prompts: it has no two classes whose "
                 "distance could be measured, and is learned by its base rate"
@@ -193,7 +194,7 @@ def literal_of(rows: Sequence[Mapping[str, Any]], hidden: Tensor) -> Literal | N
 
     `hidden` [n, D] is the hidden state at the last token of each prompt.
     """
-    chosen, rejected = ([_text(row[side]) for row in rows] for side in ("chosen", "rejected"))
+    chosen, rejected = ([answer_text(row[side]) for row in rows] for side in ("chosen", "rejected"))
     answers = sorted({*chosen, *rejected})
     if len(answers) != 2:
         return None
@@ -234,13 +235,8 @@ def _pair_level(u: Tensor, weights: Tensor) -> tuple[Interval, float, Interval]:
 def _overlap(rows: Sequence[Mapping[str, Any]]) -> float:
     from clair.data.contrast import contrast_of
 
-    pairs = [(_text(row["chosen"]), _text(row["rejected"])) for row in rows]
+    pairs = [(answer_text(row["chosen"]), answer_text(row["rejected"])) for row in rows]
     return sum(contrast_of(chosen, rejected).jaccard for chosen, rejected in pairs) / len(pairs)
-
-
-def _text(answer: str | Sequence[Mapping[str, Any]]) -> str:
-    """Return the last turn of an answer, which is text in a dataset of plain text."""
-    return answer if isinstance(answer, str) else answer[-1]["content"]
 
 
 # ---- speeds

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from clair.data.records import message_text
+
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold its thoughts."""
 _CHECKED_KEYS = ("role", "content", "tool_calls", *THOUGHTS)
@@ -24,6 +26,11 @@ def each_text(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from each_text(item)
+
+
+def answer_text(answer: str | Sequence[Mapping[str, Any]]) -> str:
+    """The last turn of an answer as text, with its tool calls; a dataset of plain text has answers that are text."""
+    return answer if isinstance(answer, str) else message_text(answer[-1])
 
 
 def is_extra_text(key: str) -> bool:

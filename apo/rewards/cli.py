@@ -143,7 +143,8 @@ def score(context: typer.Context, recipe: RecipeFile = None, out: Out = None, se
 
     config = read_recipe(context, ScoreConfig, recipe, set_, out)
     from apo.console import print_line
-    from apo.rewards.judge import pad_chosen, rows_by_group, score_pairs, worst_group_filter
+    from apo.data.pair_rows import read_pair_rows
+    from apo.rewards.judge import pad_chosen, rows_by_group, score_by_group, score_pairs, worst_group_filter
     from apo.rewards.reward_dir import Reward
     from clair.core.files import write_json
     from clair.data.dataset import read_manifest
@@ -152,26 +153,29 @@ def score(context: typer.Context, recipe: RecipeFile = None, out: Out = None, se
     manifest = read_manifest(config.dataset[0]) if config.decisions else {}
     judge = Reward.load(config.reward)
     pairs = _encode_for(judge, config.dataset, config.features)
-    states = judge.row_states(pairs, config.user)
-    rows = score_pairs(judge, pairs, states)
-    if config.padding is not None:
-        padded = _encode_padded(pad_chosen(pairs.rows, config.padding), judge)
-        for row, value in zip(rows, judge.win_rates(padded, states)[0].tolist(), strict=True):
-            row["score_padded"] = value
     if config.by_group:
-        rows = rows_by_group(rows, config.min_preference)
-    if not rows:
-        raise UserError(
-            f"no group prefers an answer of any pair with a probability of {config.min_preference:g}; lower "
-            "min_preference"
-        )
+        rows = rows_by_group(score_by_group(judge, pairs), config.min_preference)
+        if not rows:
+            raise UserError(
+                f"no group prefers an answer of any pair with a probability of {config.min_preference:g}; lower "
+                "min_preference"
+            )
+    else:
+        states = judge.row_states(pairs, config.user)
+        rows = score_pairs(judge, pairs, states)
+        if config.padding is not None:
+            padded = _encode_padded(pad_chosen(pairs.rows, config.padding), judge)
+            for row, value in zip(rows, judge.win_rates(padded, states)[0].tolist(), strict=True):
+                row["score_padded"] = value
     _write_scored(rows, config.out)
     print_line(f"{len(rows):,} rows in {config.out}")
     if config.decisions:
-        filter_ = worst_group_filter(rows, config.min_worst)
+        ids = [row["id"] for row in read_pair_rows(config.dataset[0])]
+        filter_ = worst_group_filter(rows, config.min_worst, ids)
         write_json(config.decisions, filter_.decisions(manifest))
+        missing = f", {len(ids) - len(rows):,} dropped without a score" if len(ids) > len(rows) else ""
         print_line(
-            f"{filter_.promise}: {len(filter_.accepted):,} of {len(rows):,} kept; next: "
+            f"{filter_.promise}: {len(filter_.accepted):,} of {len(ids):,} kept{missing}; next: "
             f"clair keep {config.dataset[0]} {config.decisions}"
         )
 

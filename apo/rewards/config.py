@@ -103,6 +103,7 @@ class ScoreConfig(Recipe):
         if self.features is not None and self.padding is not None:
             raise ValueError("padding makes new answers, of which a file has no features; leave one of the two out")
         check_used(self, self.by_group, "by_group: true", "min_preference")
+        check_used(self, not self.by_group, "by_group: false", "user", "padding")
         return check_used(self, self.decisions is not None, "decisions", "min_worst")
 
 

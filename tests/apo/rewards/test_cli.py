@@ -137,7 +137,8 @@ def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(wor
 def test_by_group_and_worst_off_by_hand():
     row = {"id": "p", "chosen": "A", "rejected": "B", "score_chosen": 0.7, "score_rejected": 0.2, "worst": 0.1}
     row["preferred"] = {"one": 0.9, "two": 0.1, "three": 0.6}
-    turned = {r["group"]: (r["chosen"], r["rejected"], r["score_chosen"], r["id"]) for r in rows_by_group([row], 0.8)}
+    rows = rows_by_group({group: [row] for group in row["preferred"]}, 0.8)
+    turned = {r["group"]: (r["chosen"], r["rejected"], r["score_chosen"], r["id"]) for r in rows}
     assert turned == {"one": ("A", "B", 0.7, "p one"), "two": ("B", "A", 0.2, "p two")}
     assert worst_group_filter([row], 0.5).dropped == ("p",)
     assert worst_group_filter([{**row, "worst": 0.5}], 0.5).accepted == ("p",)
