@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apo.data.message_texts import answer_text
 from apo.rewards.reward_dir import Reward, read_answers, save_user
 from apo.rewards.scorer import Comparisons
 from apo.rewards.vpl import VPL, next_question
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 def ask_user(reward: Reward, user: str, pairs: EncodedPairs, pool: Comparisons, questions: int) -> Tensor:
     """Ask on the terminal until the user has given `questions` answers; return and save the user's state.
 
-    Earlier answers count. Raises UserError if the reward cannot choose questions, or if the input ends.
+    Earlier answers count. Of pairs with the same id the first is asked. Raises UserError if the reward cannot choose
+    questions, or if the input ends.
     """
     from apo.console import print_line
     from clair.data.records import task_text
@@ -33,12 +35,16 @@ def ask_user(reward: Reward, user: str, pairs: EncodedPairs, pool: Comparisons, 
             f"a {scorer.kind} reward cannot choose questions; fit a reward of kind vpl, or give comparisons"
         )
     assert reward.folder is not None
+    first = {row["id"]: index for index, row in reversed([*enumerate(pairs.rows)])}  # an id is one question
+    pairs, pool = pairs.select([*first.values()]), pool.select([*first.values()])
     indices = {row["id"]: index for index, row in enumerate(pairs.rows)}
     answers = read_answers(reward.folder, user)
     if unknown := [answer["id"] for answer in answers if answer["id"] not in indices]:
         raise UserError(f"{user!r} has answered {unknown[0]!r}, which is not in this pool; give the same pool")
     if questions > len(pool):
-        raise UserError(f"{questions} questions but {len(pool)} pairs in the pool; lower questions, or give more pairs")
+        raise UserError(
+            f"{questions} questions but {len(pool)} pairs of different ids in the pool; lower questions, or give more"
+        )
     while len(answers) < questions:
         answered = answered_comparisons(pool, answers, indices)
         excluded = {indices[answer["id"]] for answer in answers}
@@ -47,9 +53,11 @@ def ask_user(reward: Reward, user: str, pairs: EncodedPairs, pool: Comparisons, 
         sides = ["chosen", "rejected"]
         if int(content_hash([user, row["id"]])[0], 16) % 2:  # the position must not reveal which answer is chosen
             sides.reverse()
-        print_line(f"\nQuestion {len(answers) + 1} of {questions} ({gain:.2f} nats)\n{task_text(row['prompt'])}")
+        prompt = row["prompt"]
+        task = prompt if isinstance(prompt, str) else task_text(prompt, row.get("tools") or ())
+        print_line(f"\nQuestion {len(answers) + 1} of {questions} ({gain:.2f} nats)\n{task}")
         for number, side in enumerate(sides, 1):
-            print_line(f"\n[{number}] {row[side][-1]['content']}")
+            print_line(f"\n[{number}] {answer_text(row[side])}")
         answers.append({"id": row["id"], "chosen": sides[_answer() - 1] == "chosen"})
         save_user(reward, user, None, answers)
     state = scorer.adapt(answered_comparisons(pool, answers, indices))

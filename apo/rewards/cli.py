@@ -192,21 +192,23 @@ def adapt(
 
     config = read_recipe(context, AdaptConfig, recipe, set_, user=user)
     from apo.console import print_line
-    from apo.rewards.reward_dir import Reward, save_user, to_comparisons
+    from apo.rewards.reward_dir import Reward, comparisons_of, save_user, to_comparisons
 
     judge = Reward.load(config.reward)
     if config.user in judge.facts["users"]:
         raise UserError(f"user {config.user!r} exists already: the reward was fitted with them; choose another name")
     pairs = _encode_for(judge, config.comparisons or config.pool or [], config.features)
-    data = to_comparisons(pairs)
     if config.comparisons:
-        state = judge.scorer.adapt(data)
+        pairs, note = comparisons_of(pairs, config.user)
+        if note:
+            print_line(f"note: {note}")
+        state = judge.scorer.adapt(to_comparisons(pairs))
         save_user(judge, config.user, state, [{"id": row["id"], "chosen": True} for row in pairs.rows])
     else:
         from apo.rewards.active_queries import ask_user
 
         try:
-            state = ask_user(judge, config.user, pairs, data, config.questions)
+            state = ask_user(judge, config.user, pairs, to_comparisons(pairs), config.questions)
         except KeyboardInterrupt as stop:
             print_line("interrupted; every answer so far is stored, run the same command to continue")
             raise typer.Exit(EXIT_INTERRUPTED) from stop

@@ -41,6 +41,28 @@ def to_comparisons(pairs: EncodedPairs) -> Comparisons:
     return Comparisons(features.prompt, features.chosen, features.rejected, user, users)
 
 
+def comparisons_of(pairs: EncodedPairs, user: str) -> tuple[EncodedPairs, str]:
+    """Return the pairs whose column `user` has this user, and a note on the others; all pairs if none has a user.
+
+    All pairs of a single other name are taken as this user's. Raises UserError for several other names.
+    """
+    names = [row["user"] for row in pairs.rows]
+    known = [name for name in dict.fromkeys(names) if name is not None]
+    if not known:
+        return pairs, ""
+    if user not in known and len(known) > 1:
+        raise UserError(
+            f"no comparison is of user {user!r}{near_miss(user, known)}; the column user has "
+            f"{list_some(known, _MAX_NAMES)}; give this user's comparisons"
+        )
+    name = user if user in known else known[0]
+    indices = [index for index, other in enumerate(names) if other == name]
+    notes = [] if name == user else [f"the comparisons of user {name!r} are taken as those of {user!r}"]
+    if len(indices) < len(names):
+        notes.append(f"{len(names) - len(indices):,} of {len(names):,} comparisons are of others and are left out")
+    return pairs.select(indices), "; ".join(notes)
+
+
 def user_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return notes on users with a single comparison, and on users who prefer a to b and also b to a."""
     counts: dict[str, int] = {}
