@@ -10,11 +10,12 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 import yaml
+from pydantic import AfterValidator
 
 from clair.core.errors import UserError, near_miss
 from clair.core.recipe import Recipe, apply_overrides, load_recipe, text_override
 from clair.core.urls import public_url
-from clair.storage.location import local
+from clair.storage.location import LocalPath, local
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.")]
 Out = Annotated[Path | None, typer.Option("--out", callback=local, help="The result folder, instead of the recipe's.")]
@@ -37,6 +38,24 @@ _KEYS = {
     "least": "min_worst",
 }
 """The keys of former options with other names. A name that is a key itself comes first."""
+
+
+def _check_file(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file; give the name of a file to write")
+    return path
+
+
+def _check_folder(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, not a folder; choose another --out")
+    return path
+
+
+OutFile = Annotated[LocalPath, AfterValidator(_check_file)]
+"""The type of a recipe's key that names a file to write, checked before any work."""
+OutFolder = Annotated[LocalPath, AfterValidator(_check_folder)]
+"""The type of a recipe's key that names a folder to write into, checked before any work."""
 
 Config = TypeVar("Config", bound=Recipe)
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from apo.cli_recipe import OutFolder
 from clair.core.recipe import Recipe
-from clair.storage.location import LocalPath
 
 Datasets = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
@@ -26,4 +26,4 @@ class DistinguishConfig(Recipe):
     beta: float = Field(default=0.1, gt=0)
     features: Path | None = None
     seed: int = 0
-    out: LocalPath | None = None
+    out: OutFolder | None = None

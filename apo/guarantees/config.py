@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from apo.cli_recipe import OutFile
 from apo.guarantees.calibrate import Guarantee
 from apo.guarantees.properties import PropertyKind
 from clair.core.recipe import Recipe, check_used
 from clair.data.records import SCORES
-from clair.storage.location import LocalPath
 
 
 class GuaranteeConfig(Recipe):
@@ -19,7 +19,7 @@ class GuaranteeConfig(Recipe):
     dataset: str
     alpha: float = Field(default=0.1, gt=0, lt=1)
     trained_on: list[str] = Field(default_factory=list)
-    decisions: LocalPath | None = None
+    decisions: OutFile | None = None
 
 
 class CalibrateConfig(GuaranteeConfig):

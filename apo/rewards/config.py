@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from apo.analysis.config import Datasets
 from apo.analysis.features import Pooling
+from apo.cli_recipe import OutFile, OutFolder
 from clair.core.recipe import Recipe, check_used
 from clair.storage.location import LocalPath
 
@@ -38,7 +39,7 @@ class SelectConfig(FeatureConfig):
     max_tastes: int = Field(default=4, ge=1)
     by_prompt: bool = False
     seed: int = 0
-    out: LocalPath | None = None
+    out: OutFile | None = None
 
 
 class FitConfig(FeatureConfig):
@@ -52,7 +53,7 @@ class FitConfig(FeatureConfig):
     beta: float = Field(default=1e-3, ge=0)
     bounded: bool = False
     seed: int = 0
-    out: LocalPath
+    out: OutFolder
 
     @model_validator(mode="after")
     def _check_used(self) -> FitConfig:
@@ -92,7 +93,7 @@ class ScoreConfig(Recipe):
     padding: str | None = None
     by_group: bool = False
     min_preference: float = Field(default=0.5, ge=0.5, le=1)
-    decisions: LocalPath | None = None
+    decisions: OutFile | None = None
     min_worst: float = Field(default=0.5, ge=0, le=1)
     out: LocalPath
 
