@@ -104,9 +104,10 @@ def certify(context: typer.Context, recipe: RecipeFile = None, set_: Overrides =
     if config.property not in ("rises", "same"):
         print(f"{certificate.summary()}.")
         return
-    decided = undecided(rows, certificate)
+    decided, within, below = undecided(rows, certificate)
     print(f"{certificate.summary()}.")
-    print(f"{len(decided.dropped):,} of {len(rows):,} pairs are undecided. To leave them out of a clair build:\n")
+    others = f", and {below:,} are decided for the rejected answer" if below else ""
+    print(f"{within:,} of {len(rows):,} pairs are undecided{others}. To leave them out of a clair build:\n")
     print(decided.recipe(), end="")
     _write_decisions(decided, config, manifest)
 

@@ -151,10 +151,12 @@ def certify(
     return certificate
 
 
-def undecided(rows: Sequence[Mapping[str, Any]], certificate: Certificate) -> Filter:
-    """Return the filter that leaves out pairs whose gap lies within the band of a certificate.
+def undecided(rows: Sequence[Mapping[str, Any]], certificate: Certificate) -> tuple[Filter, int, int]:
+    """Return the filter that keeps pairs whose gap is above the band of a certificate, and two numbers of other pairs.
 
-    Raises UserError if it leaves out all pairs: then the property is not certified in any useful sense.
+    The first is of undecided pairs, whose gap lies within the band. The second is of pairs that are decided for the
+    rejected answer, whose gap is below the band. Raises UserError if the filter leaves out all pairs: then the property
+    is not certified in any useful sense.
     """
     result = filter_above(rows, certificate.band.width, certificate.description)
     if not result.accepted:
@@ -163,7 +165,8 @@ def undecided(rows: Sequence[Mapping[str, Any]], certificate: Certificate) -> Fi
             f"the band of {certificate.band.width:.4g} leaves no pair decided; mend the score, or raise alpha above "
             f"{certificate.alpha:g}"
         )
-    return result
+    reversed_ = sum(_gap(row) < -certificate.band.width for row in rows)
+    return result, len(result.dropped) - reversed_, reversed_
 
 
 def one_row_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

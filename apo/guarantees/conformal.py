@@ -84,8 +84,10 @@ def min_accepted(alpha: float, delta: float) -> int:
 def candidate_thresholds(gap: Floats, units: int, alpha: float, delta: float, limit: int = 50) -> Floats:
     """Return thresholds to test on an audit of `units`, strict to loose, from the score gaps [m] of other pairs.
 
-    They are at most `limit` of the distinct gaps, spread evenly. The first threshold is expected to keep 1.5 times the
-    units that the binomial test needs. A stricter one would fail, and end the sequence at once.
+    They are at most `limit` of the distinct gaps, spread evenly; the last one keeps all pairs. The first of several is
+    expected to keep 1.5 times the units that the binomial test needs. A stricter one would fail, and end the sequence
+    at once. No label is read, so the order of the tests is fixed before the audit. If the audit has fewer units than
+    the test needs, there are no thresholds.
     """
     import numpy as np
 
@@ -93,7 +95,7 @@ def candidate_thresholds(gap: Floats, units: int, alpha: float, delta: float, li
     distinct = np.unique(values)[::-1]
     share = np.array([(values > value).mean() for value in distinct])
     usable = distinct[share * units >= 1.5 * min_accepted(alpha, delta)]
-    lower = np.append(usable, distinct[-1] - 1) if len(usable) else usable
+    lower = np.append(usable, distinct[-1] - 1) if units >= min_accepted(alpha, delta) else usable
     return lower[np.unique(np.linspace(0, len(lower) - 1, min(limit, len(lower))).round().astype(int))]
 
 

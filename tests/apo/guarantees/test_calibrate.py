@@ -209,6 +209,30 @@ def test_a_certificate_by_hand_and_its_band_as_a_filter():
     assert certify(rows, 0.1, "ceiling", of="score_chosen", bound=0.9).band.width == pytest.approx(0.1)
 
 
+def test_pairs_that_are_decided_for_the_rejected_answer_are_not_undecided(tmp_path):
+    texts = {"chosen": "a", "rejected": "b"}
+    gaps = [0.6] * 60 + [-0.6] * 30 + [0.0] * 10
+    rows = [
+        {**texts, "id": str(n), "prompt": str(n), "score_chosen": gap, "score_rejected": 0.0, "score_padded": gap}
+        for n, gap in enumerate(gaps)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = run("certify", dataset=tmp_path / "rows.jsonl", property="same", than="score_padded").output
+    assert "10 of 100 pairs are undecided, and 30 are decided for the rejected answer." in output
+
+
+def test_an_output_that_is_a_folder_is_refused_before_any_work(folder, tmp_path):
+    recipe = {"dataset": folder, "decisions": tmp_path}
+    message = f"{tmp_path} is a folder, not a file; give the name of a file to write"
+    assert message in failure("calibrate", **recipe, audit=tmp_path / "audit.jsonl")
+    assert message in failure("certify", **recipe)
+    assert message in failure("reward select", dataset=folder, model="m", out=tmp_path)
+    assert message in failure("reward score", **recipe, reward="r", out=tmp_path / "s.jsonl")
+    audit = tmp_path / "audit.jsonl"
+    for command in ("distinguish", "reward fit", "reward curve"):
+        assert f"{audit} is a file, not a folder" in failure(command, dataset=folder, model="m", out=audit)
+
+
 def test_certify_prints_the_band_and_writes_decisions(folder, tmp_path):
     decisions = tmp_path / "d.json"
     result = run("certify", dataset=folder, of="score_rejected", than="score_chosen", alpha=0.2, decisions=decisions)

@@ -128,6 +128,19 @@ def test_candidates_run_from_strict_to_loose_and_end_with_keeping_all():
     # alpha 0.1, delta 0.1 need 22 kept; with a margin of a half 33 of 100 units. 3 keeps none, 2 keeps 3, 1 keeps 35.
     assert candidate_thresholds(gap, 100, 0.1, 0.1).tolist() == [1.0, 0.0, -1.0]
     assert candidate_thresholds(gap, 10, 0.1, 0.1).tolist() == []
+    assert candidate_thresholds(gap, 21, 0.1, 0.1).tolist() == []
+    assert candidate_thresholds(gap, 22, 0.1, 0.1).tolist() == [-1.0]
+
+
+def test_the_fewest_units_that_the_binomial_test_needs_suffice_and_seldom_pass_a_bad_filter():
+    gap, rng = np.random.default_rng(0).random(1000), np.random.default_rng(1)
+    for units in (22, 25, 30, 33):
+        candidates = candidate_thresholds(gap, units, 0.1, 0.1)
+        assert precision_threshold(gap[:units], np.zeros(units, bool), 0.1, 0.1, candidates) < gap.min()
+        # One pair in ten is bad whatever its gap: any finite threshold breaks the promise, up to the share delta.
+        audits = [(rng.random(units), rng.random(units) < 0.1) for _ in range(2000)]
+        thresholds = [precision_threshold(audited, bad, 0.1, 0.1, candidates) for audited, bad in audits]
+        assert np.isfinite(thresholds).mean() <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / 2000)
 
 
 def test_a_band_by_hand_is_cut_from_both_sides_at_once_then_from_the_larger():
