@@ -141,7 +141,7 @@ def load_inputs(config: AdviseConfig) -> AdviceInputs:
     different = {content_hash(row["prompt"]): row for row in reversed(rows)}
     if len(different) < sample_size(COARSE):
         raise UserError(
-            f"{config.dataset} has pairs of {len(different)} different prompts, too few for any advice: "
+            f"{config.dataset.public} has pairs of {len(different)} different prompts, too few for any advice: "
             f"{sample_size(COARSE)} are needed to detect winners that win 3 times of 4, {sample_size(FINE)} for 3 of 5"
         )
     drawn = sorted(different, key=lambda prompt: content_hash([config.seed, prompt]))

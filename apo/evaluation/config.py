@@ -152,7 +152,7 @@ def resumable_ledger(config: EvaluationConfig, items: str = ITEMS) -> Iterator[L
 
 def redacted(config: EvaluationConfig) -> dict[str, Any]:
     """The settings without secrets, as they are written to files."""
-    settings = resolved(config)
+    settings = resolved(config, public=True)
     for role, model in config.models.items():
         settings[role] = redacted_model(model, settings[role])
     return settings

@@ -298,9 +298,9 @@ def evaluate_pairs(config: PairsConfig, log: Callable[[str], None] = lambda _: N
     tokenized = _tokenize(config, pairs, tokenizer, name)
     rows = [dict(row) for row in tokenized.dataset]
     if any(not row["prompt_ids"] for row in rows):
-        raise UserError(f"dataset {config.dataset}: a prompt has no tokens to predict its answers from")
+        raise UserError(f"dataset {config.dataset.public}: a prompt has no tokens to predict its answers from")
     policy, reference = _load_models(config, name, reference_name, tokenizer)
-    log(f"{len(rows):,} pairs of {config.dataset}, split {config.split}{_where(config)}")
+    log(f"{len(rows):,} pairs of {config.dataset.public}, split {config.split}{_where(config)}")
     by_index: dict[int, MeasuredPair] = {}
     with progress("held-out pairs", len(rows)) as work:
         for index, measured in compare_models(policy, reference, rows, config.batch_tokens):
@@ -312,7 +312,7 @@ def evaluate_pairs(config: PairsConfig, log: Callable[[str], None] = lambda _: N
         **summary(ordered, config.beta),
         "dropped": tokenized.dropped,
         "notes": tokenized.notes,
-        "settings": resolved(config),
+        "settings": resolved(config, public=True),
         **provenance(),
     }
     out = Path(config.out)
@@ -340,11 +340,13 @@ def _load_pairs(config: PairsConfig) -> Any:
     exists = config.dataset.is_url or Path(config.dataset).exists()
     names = split_names(config.dataset, config.name) if exists else [config.split]
     if config.split not in names:
-        raise UserError(f"dataset {config.dataset} has no split {config.split!r}; found: {', '.join(names)}")
+        raise UserError(f"dataset {config.dataset.public} has no split {config.split!r}; found: {', '.join(names)}")
     options = {key: getattr(config, key) for key in (*_SELECTION, "chat_template_kwargs")}
     pairs = load_eval([Source(path=config.dataset, **options)], config.split)
     if pairs is None:
-        raise UserError(f"dataset {config.dataset}, split {config.split!r}, has no pairs{_where(config)} to measure")
+        raise UserError(
+            f"dataset {config.dataset.public}, split {config.split!r}, has no pairs{_where(config)} to measure"
+        )
     return pairs if config.limit is None else pairs.select(range(min(config.limit, len(pairs))))
 
 

@@ -182,6 +182,9 @@ def winrate_table(result: Mapping[str, Any]) -> Table:
         counts = ", ".join(f"{count} {reason}" for reason, count in result["unresolved"].items())
         unresolved = f"{result['comparisons'] - result['resolved']:,}"
         table.add_row("unresolved", unresolved, f"{counts}; rate {percent_range(result['bracket'])}")
+    if result["left_out"]:
+        counts = ", ".join(f"{count} {reason}" for reason, count in result["left_out"].items())
+        table.add_row("prompts left out", f"{sum(result['left_out'].values()):,}", counts)
     table.add_section()
     table.add_row("length ratio, tuned / base", f"{result['length']['ratio'] or 0:.2f}", "")
     if result["consistency"]:

@@ -150,7 +150,7 @@ def _check_same(config: AdviseConfig, full: TrainConfig) -> None:
         raise UserError(f"pilot.recipe: {file} trains {full.model}, and the advice is about {config.model.path}")
     if not any(_same_path(source.path, str(config.dataset)) for source in full.dataset):
         paths = ", ".join(source.path for source in full.dataset)
-        raise UserError(f"pilot.recipe: {file} trains on {paths}, and the advice is about {config.dataset}")
+        raise UserError(f"pilot.recipe: {file} trains on {paths}, and the advice is about {config.dataset.public}")
 
 
 def _same_path(first: str, second: str) -> bool:

@@ -247,9 +247,9 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [m for argument in getattr(annotation, "__args__", ()) for m in _models_in(argument)]
 
 
-def resolved(recipe: BaseModel) -> dict[str, Any]:
-    """The recipe as JSON values with all defaults, as `--dry-run` prints it and every output stores it."""
-    return recipe.model_dump(mode="json")
+def resolved(recipe: BaseModel, *, public: bool = False) -> dict[str, Any]:
+    """The recipe as JSON values with all defaults. With `public`, as outputs contain it: URLs without their queries."""
+    return recipe.model_dump(mode="json", context={"public": public})
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

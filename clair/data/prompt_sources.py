@@ -101,7 +101,7 @@ def scan(source: PromptSource, limit: int | None = None, holds: Callable[[str], 
         contents.append(int(content, 16))
         ids.append(contents[-1] if prompt.id == content else int(content_hash(prompt.id)[:16], 16))
     if not flags:
-        raise UserError(f"{source.path} has no rows; give at least one prompt")
+        raise UserError(f"{source.path.public} has no rows; give at least one prompt")
     repeated = repeated_keys(np.frombuffer(contents, np.uint64))
     first_rows = np.flatnonzero(~repeated)
     collisions = first_rows[repeated_keys(np.frombuffer(ids, np.uint64)[first_rows])]

@@ -235,10 +235,7 @@ class BuildConfig(Recipe):
 
 def redacted(config: BuildConfig) -> dict[str, Any]:
     """The resolved recipe without secrets, as outputs record it."""
-    recipe = resolved(config)
-    recipe["out"] = config.out.public
-    recipe["prompts"]["path"] = config.prompts.path.public
-    recipe["prompts"]["not_in"] = config.prompts.not_in and config.prompts.not_in.public
+    recipe = resolved(config, public=True)
     for role in _ROLES:
         if model := getattr(config, role):
             recipe[role] = redacted_model(model, recipe[role])

@@ -31,7 +31,7 @@ class Location(str):
     def __get_pydantic_core_schema__(cls, *_: Any) -> Any:
         from pydantic_core import core_schema
 
-        as_text = core_schema.plain_serializer_function_ser_schema(str)
+        as_text = core_schema.plain_serializer_function_ser_schema(_as_text, info_arg=True)
         text = core_schema.str_schema(min_length=1)
         return core_schema.no_info_after_validator_function(cls._parse, text, serialization=as_text)
 
@@ -129,6 +129,10 @@ class Location(str):
         store.fetch("README.md", folder / "README.md")
         write_atomically(folder / "manifest.json", manifest.read_bytes())
         return folder
+
+
+def _as_text(location: Any, info: Any) -> str:
+    return Location(location).public if (info.context or {}).get("public") else str(location)
 
 
 def cache_root() -> Path:

@@ -30,7 +30,15 @@ from apo.evaluation.config import (
 )
 from apo.evaluation.rows import OnProgress, collect_results
 from apo.evaluation.winrate.alpaca_eval import generator_of, with_columns, write_answer_files
-from apo.evaluation.winrate.verdicts import SIDES, AnswerText, Comparison, prompt_key, summary, unresolved_counts
+from apo.evaluation.winrate.verdicts import (
+    SIDES,
+    AnswerText,
+    Comparison,
+    position_counts,
+    prompt_key,
+    summary,
+    unresolved_counts,
+)
 from clair.core.errors import UserError, one_line
 from clair.core.event_loop import run_async
 from clair.core.files import write_atomically, write_json
@@ -103,12 +111,16 @@ def load_inputs(config: WinrateConfig) -> WinrateInputs:
     check_models(config.models, config.budget, config.seed)
     prompts, left_out = {}, Counter()
     for prompt, reason in each_prompt(with_columns(config.prompts), config.limit):
-        if reason or prompt_key(prompt) in prompts:
-            left_out[reason or "duplicate"] += 1
+        reason = reason or ("tools" if prompt.tools else "duplicate" if prompt_key(prompt) in prompts else None)
+        if reason:
+            left_out[reason] += 1
         else:
             prompts[prompt_key(prompt)] = prompt
     if not prompts:
-        raise UserError(f"{config.prompts.path} has no prompts; give at least one")
+        which = ", ".join(f"{count} left out: {reason}" for reason, count in left_out.items())
+        raise UserError(
+            f"{config.prompts.path.public} has no prompts to compare texts of ({which or '0 rows'}); give at least one"
+        )
     files = {side: getattr(config, side) for side in SIDES if isinstance(getattr(config, side), str)}
     answers = {side: _read_answers(side, file, prompts, config.samples) for side, file in files.items()}
     return WinrateInputs(list(prompts.values()), dict(left_out), answers, template)
@@ -116,6 +128,8 @@ def load_inputs(config: WinrateConfig) -> WinrateInputs:
 
 def _read_answers(side: str, file: str, prompts: Mapping[str, Prompt], samples: int) -> dict[str, list[str]]:
     """Read the answers in a file, by prompt. Raises UserError if a prompt has another number of them than `samples`."""
+    if not Path(file).is_file():
+        raise UserError(f"{side}: {file} is no file on this machine; give a model, or a file of its answers")
     answers: dict[str, list[str]] = defaultdict(list)
     source = with_columns(PromptSource.model_validate({"path": file}))
     generator_of(file)
@@ -247,6 +261,8 @@ def measure_win_rate(
 async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_progress: OnProgress) -> WinrateOutcome:
     started, stop, out = time.monotonic(), StopSignal(), Path(config.out)
     async with evaluation_clients(config, ledger, stop) as clients:
+        for client in clients.values():
+            client.keys = defaultdict(set)
         run = WinrateRun(config, inputs, clients, stop)
         compared = await run.outcomes(on_progress)
     if early := WinrateOutcome.early(out, stop.reason, run.failures):
@@ -259,17 +275,17 @@ async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_
     write_answer_files(out, compared, {side: models[side]["name"] for side in SIDES})
     lines = "".join(json.dumps(comparison.row(), ensure_ascii=False) + "\n" for comparison in compared)
     write_atomically(out / ITEMS, lines.encode("utf-8", "backslashreplace"))
-    numbers = summary(compared)
+    numbers, verdicts = summary(compared), position_counts(compared)
     if numbers["unanswered"]:
         why = f"{numbers['unanswered']} comparisons were refused"
         numbers |= {"win_rate": None, "length_controlled": {"rate": None, "ci95": None, "why": why}}
     result = {
         "format": 1,
         **numbers,
-        "position": position_bias(run.judge.verdicts) if run.judge.verdicts else None,
+        "position": position_bias(verdicts) if verdicts else None,
         "left_out": dict(inputs.left_out),
         **models,
-        "usage": _usage(config, clients),
+        "usage": _usage(config, clients, ledger),
         "settings": redacted(config),
         **provenance(),
         "seconds": round(time.monotonic() - started, 1),
@@ -286,10 +302,10 @@ def _model(config: WinrateConfig, role: str, clients: Mapping[str, ModelClient])
     return model_used(clients[role]).model_dump()
 
 
-def _usage(config: WinrateConfig, clients: Mapping[str, ModelClient]) -> dict[str, Any]:
-    """Tokens of all replies that the result is based on, and their cost if prices are known."""
+def _usage(config: WinrateConfig, clients: Mapping[str, ModelClient], ledger: Ledger) -> dict[str, Any]:
+    """Tokens of all requests that the result is based on, each counted once, and their cost if prices are known."""
     prices, usage = role_prices(config.models), {}
     for role, client in clients.items():
-        tokens = [(client.tally.prompt_tokens, client.tally.completion_tokens)]
-        usage[role] = usage_of(client, tokens, prices.get(role)).model_dump()
+        keys = {key for of_prompt in (client.keys or {}).values() for key in of_prompt}
+        usage[role] = usage_of(client, [ledger.paid(keys)], prices.get(role)).model_dump()
     return usage

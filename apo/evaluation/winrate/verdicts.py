@@ -72,6 +72,18 @@ class Comparison:
         return {**prompt, **answers, **cut, **verdicts, **reasoning, "value": self.value, "unresolved": self.unresolved}
 
 
+def position_counts(compared: Sequence[Comparison]) -> Counter[int]:
+    """Count the verdicts for the answer shown first (1), for the second (2), and ties (0), equal requests once."""
+    distinct = {(prompt_key(c.prompt), c.base.text, c.tuned.text): c for c in compared if not c.identical}
+    orders = (("tie", "base", "tuned"), ("tie", "tuned", "base"))
+    return Counter(
+        order.index(verdict)
+        for comparison in distinct.values()
+        for order, verdict in zip(orders, comparison.verdicts, strict=True)
+        if verdict is not None
+    )
+
+
 def summary(compared: Sequence[Comparison]) -> dict[str, Any]:
     """The numbers of winrate.json. `win_rate` is a mean over comparisons, clustered by prompt; lengths in characters.
 

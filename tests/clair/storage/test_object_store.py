@@ -16,8 +16,12 @@ from random import Random
 
 import pytest
 
+from apo.evaluation.config import redacted as redacted_evaluation
+from apo.evaluation.pairs import PairsConfig
+from apo.evaluation.winrate.run import WinrateConfig
 from clair.cluster.merge import merge
 from clair.core.errors import UserError
+from clair.core.recipe import resolve, resolved
 from clair.inference.batch_queue import BatchQueue, RequestOutcome
 from clair.ledger import replication
 from clair.ledger.ledger import Claim, Ledger, LedgerError, Tokens
@@ -556,6 +560,12 @@ def test_a_signed_url_of_prompts_is_written_down_without_its_signature(tmp_path,
     config = settings(tmp_path / "out")
     signed = config.prompts.model_copy(update={"path": Location("https://host/p.jsonl?X-Amz-Signature=abc")})
     assert redacted(config.model_copy(update={"prompts": signed}))["prompts"]["path"] == "https://host/p.jsonl"
+    pairs = resolve(PairsConfig, {"model": "m", "reference": "r", "dataset": "https://host/d?sig=abc", "out": "o"})
+    assert resolved(pairs, public=True)["dataset"] == "https://host/d"
+    assert resolved(pairs)["dataset"] == "https://host/d?sig=abc"
+    answers = {"base": "b.jsonl", "tuned": "t.jsonl", "judge": endpoint(), "out": str(tmp_path / "rate")}
+    winrate = resolve(WinrateConfig, {"prompts": {"path": "https://host/p.jsonl?sig=abc"}, **answers})
+    assert redacted_evaluation(winrate)["prompts"]["path"] == "https://host/p.jsonl"
 
 
 def test_an_object_is_created_once_and_a_try_whose_answer_was_lost_counts(url):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from apo.evaluation.tables import winrate_table
 from apo.evaluation.winrate.run import WinrateConfig, load_inputs, measure_win_rate
 from apo.evaluation.winrate.verdicts import AnswerText, Comparison, summary
 from clair.core.errors import UserError
@@ -145,6 +148,50 @@ def test_the_rate_of_known_answers_is_found(world, tmp_path):
     assert [row["value"] for row in rows[:12]] == [0] * 10 + [0.5] * 2
     assert rows[25]["base_first"] == rows[25]["tuned_first"] == "tuned"
     assert "solved the task" in rows[25]["base_first_reasoning"]
+
+
+def test_equal_answers_of_several_samples_are_one_verdict_and_paid_for_once(world, tmp_path):
+    results = {}
+    for samples in (1, 4):
+        folder = tmp_path / str(samples)
+        folder.mkdir()
+        for name, text in (("base", TASKS[0].wrong), ("tuned", TASKS[0].right)):
+            row = json.dumps({"prompt": TASKS[0].prompt, "answer": text}) + "\n"
+            (folder / f"{name}.jsonl").write_text(row * samples)
+        results[samples] = measure_win_rate(settings(folder, world.url, samples=samples)).result
+    assert (results[1]["comparisons"], results[4]["comparisons"]) == (1, 4)
+    assert results[4]["position"] == results[1]["position"]
+    used = [{key: result["usage"]["judge"][key] for key in ("prompt", "completion")} for result in results.values()]
+    assert used[0] == used[1]
+    assert used[0]["completion"] > 0
+
+
+def test_prompts_with_tools_are_left_out_and_said(world, tmp_path):
+    base = answers(tmp_path, "base", range(3), tasks=TASKS[:4])
+    answers(tmp_path, "tuned", range(4), tasks=TASKS[:4])
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    rows = [json.loads(line) for line in base.read_text().splitlines()]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"], "tools": [tool]}) + "\n" for row in rows[:2]))
+    config = settings(tmp_path, world.url, prompts={"path": str(prompts)})
+    with pytest.raises(UserError, match=r"no prompts to compare texts of \(2 left out: tools\)"):
+        load_inputs(config)
+    with open(prompts, "a") as file:
+        file.writelines(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows[2:])
+    result = measure_win_rate(config).result
+    assert result["left_out"] == {"tools": 2}
+    table = io.StringIO()
+    Console(file=table, width=120).print(winrate_table(result))
+    assert "2 tools" in table.getvalue()
+
+
+@pytest.mark.parametrize("file", ["https://host/answers.jsonl", "folder", "org/name"])
+def test_answers_that_are_no_local_file_are_refused_before_any_verdict(world, tmp_path, file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    answers(tmp_path, "base", range(4))
+    with pytest.raises(UserError, match=f"tuned: {file} is no file on this machine"):
+        load_inputs(settings(tmp_path, world.url, tuned=file))
 
 
 def test_answers_are_matched_by_prompt_and_not_by_index(world, tmp_path):
