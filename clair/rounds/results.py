@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,14 @@ def stop_reason(result: RoundResult, stop: str) -> str | None:
 
 
 def best_model(results: Sequence[RoundResult], base: str) -> str:
-    """Return the model of the last round whose gain counts, or the base model."""
-    return next((result.model for result in reversed(results) if result.is_gain), base)
+    """Return the model with the highest sum of gains so far, of the rounds whose gain counts; else the base model.
+
+    Each gain is over the previous round: with `stop: never` a round may regain less than the one before it lost.
+    """
+    totals = accumulate(result.gain for result in results)
+    candidates = [(total, result.model) for total, result in zip(totals, results, strict=True) if result.is_gain]
+    total, model = max(candidates, key=lambda candidate: candidate[0], default=(0.0, base))
+    return model if total > 0 else base
 
 
 def _points(result: RoundResult) -> str:

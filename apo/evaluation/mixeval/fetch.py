@@ -11,6 +11,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 from apo.evaluation.mixeval.benchmark import (
@@ -135,7 +136,7 @@ def _download(base: str, path: str) -> bytes:
     except urllib.error.HTTPError as error:
         error.close()
         raise UserError(f"{url} answers {error.code}; the file is not there") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise UserError(
             f"{base} cannot be reached ({error}); run `apo eval fetch-mixeval` on a machine with network and copy the "
             f"folder here, or clone github.com/{UPSTREAM} at {COMMIT[:7]} there and give --from file:///ITS/PATH"

@@ -60,10 +60,16 @@ def request_options(profile: Profile, seed: int) -> dict[str, Any]:
 
 
 def with_profile(judge: ModelConfig, profile: Profile, seed: int) -> ModelConfig:
-    """The judge with the profile's request options."""
+    """The judge with the profile's request options; a temperature and max_tokens that the recipe sets take precedence.
+
+    A thinking judge needs more tokens than upstream's 999, or another name for them (max_tokens null, and `extra`).
+    """
     options = request_options(profile, seed)
     limits = {"temperature": options.pop("temperature", None), "max_tokens": options.pop("max_tokens")}
-    return judge.model_copy(update={**limits, "extra": {**judge.extra, **options}})
+    unset = {
+        name: value for name, value in limits.items() if getattr(judge, name) == ModelConfig.model_fields[name].default
+    }
+    return judge.model_copy(update={**unset, "extra": {**judge.extra, **options}})
 
 
 def read_verdict(reply: Reply, row: BenchmarkRow, profile: Profile) -> Verdict:

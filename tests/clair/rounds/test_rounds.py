@@ -291,6 +291,18 @@ def test_the_stop_rule_needs_an_interval_above_zero():
     assert best_model([lost], "base") == "base"
 
 
+def test_the_best_model_is_no_round_that_regains_less_than_was_lost():
+    def results(*gains: float) -> list[RoundResult]:
+        return [
+            RoundResult(n, f"m{n}", 1, 0, 0, {}, 1, gain, [gain - 0.05, gain + 0.05], None, None, {})
+            for n, gain in enumerate(gains, 1)
+        ]
+
+    assert best_model(results(0.2, -0.3, 0.1), "base") == "m1"
+    assert best_model(results(0.2, -0.1, 0.2), "base") == "m3"
+    assert best_model(results(-0.3, 0.2), "base") == "base"
+
+
 # ---- the commands themselves
 
 

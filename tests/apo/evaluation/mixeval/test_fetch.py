@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,14 @@ def test_an_unexpected_file_is_reported_and_nothing_is_stored(upstream, tmp_path
     assert not (tmp_path / "got").exists()
 
 
+def answer_and_break_off(server: socket.socket) -> None:
+    """Answer one request in chunks, and close the connection within the first."""
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(10_000)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf")
+
+
 def test_a_file_that_is_not_there_and_no_network_are_one_line_with_what_to_do(upstream, tmp_path):
     with served(upstream) as url:
         (upstream / "mix_eval" / "prompts" / "judge_prompts.py").unlink()
@@ -132,6 +142,12 @@ def test_a_file_that_is_not_there_and_no_network_are_one_line_with_what_to_do(up
     assert "cannot be reached" in message
     assert "on a machine with network and copy the folder here" in message
     assert "clone github.com/Psycoy/MixEval at 7c52b41" in message
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        cut = threading.Thread(target=answer_and_break_off, args=(server,), daemon=True)
+        cut.start()
+        with pytest.raises(UserError, match=r"cannot be reached \(IncompleteRead"):
+            fetch(tmp_path / "got", ["2024-06-01"], ("hard",), f"http://127.0.0.1:{server.getsockname()[1]}")
+        cut.join(10)
     with pytest.raises(UserError, match="no version '2024-07-01'"):
         fetch(tmp_path / "got", ["2024-07-01"], ("hard",), f"file://{upstream}")
     assert not (tmp_path / "got").exists()

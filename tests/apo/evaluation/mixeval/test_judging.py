@@ -20,8 +20,10 @@ from apo.evaluation.mixeval.judging import (
     read_verdict,
     request_options,
     with_fallbacks,
+    with_profile,
 )
 from clair.data.records import Dropped, Reply
+from clair.inference.config import ModelConfig
 from tests.house.pages import tables
 
 FREE = BenchmarkRow("free-form", 0, "DROP", None, "How many?", (), ("3",))
@@ -164,6 +166,17 @@ def test_any_text_is_a_score_or_a_known_reason(text, row, profile):
 def test_the_request_is_upstreams_or_repeatable():
     assert request_options("faithful", 42) == {"max_tokens": 999, "response_format": {"type": "text"}}
     assert request_options("strict", 7) == request_options("faithful", 7) | {"temperature": 0.0, "seed": 7}
+
+
+def test_a_temperature_and_a_limit_that_the_recipe_sets_are_the_requests():
+    def options(**keys):
+        judge = with_profile(ModelConfig(url="http://127.0.0.1:9/v1", model="m", **keys), "strict", 7)
+        return judge.temperature, judge.max_tokens, judge.extra
+
+    common = {"response_format": {"type": "text"}, "seed": 7}
+    assert options() == (0.0, 999, common)
+    thinking = {"max_completion_tokens": 8000}
+    assert options(temperature=0.7, max_tokens=None, extra=thinking) == (0.7, None, thinking | common)
 
 
 # ---- upstream's random scores
