@@ -194,7 +194,7 @@ def _gradients(
     from clair.core.files import content_hash
 
     ids = [[pair[f"{field}_ids"] for field in ("prompt", "chosen", "rejected")] for pair in pairs]
-    key = content_hash(["advice 1", cache.hash_model(model, adapter=True), SKETCH, ids])
+    key = content_hash(["advice 2", cache.hash_model(model, adapter=True), SKETCH, ids])
     n, m = len(pairs), min(SKETCH, model.get_output_embeddings().weight.numel())
     shapes = {"chosen": (n, m), "rejected": (n, m), "chosen_logps": (n, 2), "rejected_logps": (n, 2)}
     folder = cache_root()

@@ -34,18 +34,21 @@ def head_gradients(
 ) -> tuple[Tensor, Tensor, PairLogps]:
     """Return the gradients of both responses' log-probs by the LM head, [n, m] each, and the log-probs.
 
-    grad log pi(y|x) = sum over response tokens t of (onehot(y_t) - softmax) h_t^T, [V, D]. It is flattened if it has at
-    most `dimensions` entries. Otherwise it is a TensorSketch (Pham & Pagh 2013), whose inner products are unbiased.
+    grad log pi(y|x) = sum over response tokens t of (onehot(y_t) - softmax) h_t^T, [V, D], times the slope of the scale
+    and soft cap of the model's logits. It is flattened if it has at most `dimensions` entries. Otherwise it is a
+    TensorSketch (Pham & Pagh 2013), whose inner products are unbiased.
     """
     import torch
 
     from apo.analysis.features import last_hidden
+    from apo.packing.head import logit_scaling, scale_logits
     from apo.packing.layout import SIDES, response_mask
     from apo.packing.logps import PairLogps
 
     head = model.get_output_embeddings()
     vocabulary, hidden_size = head.weight.shape
     sketch = _sketch(vocabulary, hidden_size, dimensions, seed)
+    scale, softcap = logit_scaling(model.config)
     results: dict[str, list[tuple[Tensor, float, int]]] = {side: [] for side in SIDES}
     with torch.no_grad():
         for pair in tokenized:
@@ -53,9 +56,11 @@ def head_gradients(
             for side, states, row in zip(SIDES, last_hidden(model, rows), rows, strict=True):
                 start, mask = len(pair["prompt_ids"]), torch.tensor(response_mask(pair, side), dtype=torch.bool)
                 hidden = states[start - 1 : len(row) - 1][mask]
-                token_logps = head(hidden.to(head.weight)).float().cpu().log_softmax(-1)
+                logits = scale_logits(head(hidden.to(head.weight)).float().cpu(), scale, softcap)
+                token_logps = logits.log_softmax(-1)
                 targets = torch.tensor(row[start:])[mask][:, None]
                 residual = (-token_logps.exp()).scatter_add(1, targets, torch.ones(len(targets), 1))
+                residual *= scale if softcap is None else scale * (1 - (logits / softcap).square())
                 logp = float(token_logps.gather(1, targets).sum())
                 results[side].append((sketch(residual, hidden), logp, len(targets)))
     gradients, logps, lengths = zip(*(zip(*results[side], strict=True) for side in SIDES), strict=True)

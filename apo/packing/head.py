@@ -79,6 +79,11 @@ def _logits(rows: Any, weight: Any, bias: Any, scale: float, softcap: float | No
         logits = product(rows, weight, len(rows)).float()
     else:
         logits = torch.nn.functional.linear(rows, weight, bias.to(rows.dtype)).float()
+    return scale_logits(logits, scale, softcap)
+
+
+def scale_logits(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """The model's logits from the products of its head, in place: softcap * tanh(scale * logits / softcap)."""
     logits = logits if scale == 1.0 else logits.mul_(scale)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
@@ -93,9 +98,8 @@ def head_logps(model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tenso
 
     Raises RuntimeError if the head's weight is sharded and its module does not gather it.
     """
-    config = model.config.get_text_config()
     head = cast(Any, model.get_output_embeddings())
-    softcap = getattr(config, "final_logit_softcapping", None)
+    scale, softcap = logit_scaling(model.config)
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         weight, bias = head.weight, head.bias
@@ -106,7 +110,7 @@ def head_logps(model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tenso
         device, dtype = hidden.device.type, weight.dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)  # applied here, because backward runs outside of autocast
-        arguments = hidden.to(dtype), weight, bias, padded_labels, _logit_scale(config), softcap, store
+        arguments = hidden.to(dtype), weight, bias, padded_labels, scale, softcap, store
         logps = cast(torch.Tensor, _HeadLogps.apply(*arguments))
         return logps[: len(labels)]
 
@@ -121,9 +125,12 @@ def head_logps(model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tenso
             head.forward = replaced
 
 
-def _logit_scale(config: Any) -> float:
-    """The factor of a model family's logits: Cohere's `logit_scale`; Granite divides by `logits_scaling`."""
-    if getattr(config, "logit_scale", None) is not None:
-        return float(config.logit_scale)
-    divisor = getattr(config, "logits_scaling", None)
-    return 1.0 if divisor is None else 1.0 / float(divisor)
+def logit_scaling(config: Any) -> tuple[float, float | None]:
+    """The factor and the soft cap of a model family's logits.
+
+    Cohere has `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 has `final_logit_softcapping`.
+    """
+    config = config.get_text_config()
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    factor = float(scale) if scale is not None else 1.0 if divisor is None else 1.0 / float(divisor)
+    return factor, getattr(config, "final_logit_softcapping", None)

@@ -22,6 +22,9 @@ from apo.packing.logps import PairLogps, padded_logps
 from clair.core.errors import one_line
 from clair.inference.generation.onednn import restore_linear, use_onednn
 
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers whose positions are mixed by the attention alone, which packed rows replace."""
+
 
 def unsupported_reason(model: torch.nn.Module) -> str | None:
     """Why a model cannot run packed rows, or None. `matches_padded` still has to check it on real pairs."""
@@ -34,6 +37,10 @@ def unsupported_reason(model: torch.nn.Module) -> str | None:
     attention = getattr(base.config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager", NAME):
         return f"its attention is {attention}, not one that transformers lets be exchanged"
+    other_layers = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if other_layers or any(isinstance(module, torch.nn.Conv1d) for module in base.modules()):
+        kind = ", ".join(sorted(other_layers)) or "convolution"
+        return f"its layers of the kind {kind} carry one pair's tokens into the next pair of the row"
     if getattr(base.config.get_text_config(), "output_router_logits", None) is not None:
         return "it is a mixture of experts, whose routing loss counts tokens"
     return None
