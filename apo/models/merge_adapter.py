@@ -31,13 +31,16 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> P
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"adapter {adapter} cannot be merged: {one_line(error)}; serve it beside its base") from error
     merged = merged.to(_base_dtype(name.base))
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished = target.resolve().with_name(f".{target.resolve().name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     merged.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    if target.exists():
-        target.rmdir()
-    os.rename(unfinished, target)
+    if not target.exists():
+        os.rename(unfinished, target)
+        return target
+    for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # last: then it is a model
+        os.rename(file, target / file.name)  # the folder stays: it may be the one that the user works in
+    unfinished.rmdir()
     return target
 
 

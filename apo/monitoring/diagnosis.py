@@ -141,7 +141,8 @@ def saturated(log: TrainingLog) -> tuple[str, str] | None:
     if share is None or share < 0.5:
         return None
     message = f"{share:.0%} of the pairs are saturated: on them {log.title} has less than 5 % of its maximal gradient"
-    if (log.last("rewards/accuracies") or 1) < 0.75:
+    accuracy = log.last("rewards/accuracies")
+    if accuracy is not None and accuracy < 0.75:
         return (
             f"{message}, and many are in the wrong order",
             "lower the learning rate, which is too high, or lower beta",

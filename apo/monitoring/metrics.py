@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from apo.losses.saturation import saturation_mask
+from apo.losses.saturation import max_gradient_size, saturation_mask
 from apo.packing.logps import PairLogps
 from clair.core.errors import UserError, near_miss
 
@@ -60,13 +60,24 @@ CONDITIONAL_METRICS = ("rows/chosen", "rows/rejected", "kl/mismatched")
 """Logged only for unpaired rows (their counts by side), and for objectives that use KTO's kl."""
 
 
-def check_best_metric(name: str | None, objective: Mixture) -> None:
-    """Raise UserError if no held-out metric of this name (transformers' `metric_for_best_model`) is ever logged."""
+_RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
+"""transformers' own metrics of an evaluation."""
+
+
+def check_best_metric(name: str | None, objective: Mixture, sets: Iterable[str] = ()) -> None:
+    """Raise UserError if no held-out metric of this name (transformers' `metric_for_best_model`) is ever logged.
+
+    `sets` are the names of the held-out sets if there are several: their metrics are logged as `eval_SET_loss`.
+    """
     ratios = RATIO_MEANS if objective.needs_reference else ()
     points = [f"rewards/{side}_{point}" for side in ("chosen", "rejected") for point in QUANTILES if ratios]
-    logged = [*LOGP_MEANS, *ratios, *points, *SHARES, *CONDITIONAL_METRICS]
-    allowed = (*logged, "runtime", "samples_per_second", "steps_per_second")
-    if name is not None and not name.removeprefix("eval_").endswith(allowed):  # a suffix, as of `eval_SET_loss`
+    saturates = any(max_gradient_size(term, 1.0) is not None for _, term in objective.terms)
+    never = {"saturation": not saturates, "kl/mismatched": not objective.needs_divergence}
+    metrics = [*LOGP_MEANS, *ratios, *points, *SHARES, *CONDITIONAL_METRICS]
+    prefixes = [f"{name}_" for name in sets] or [""]
+    logged = [f"{prefix}{metric}" for prefix in prefixes for metric in metrics if not never.get(metric)]
+    allowed = [*logged, *(f"{prefix}{name}" for prefix in prefixes for name in _RUNTIME)]
+    if name is not None and name.removeprefix("eval_") not in allowed:
         near = near_miss(name.removeprefix("eval_"), allowed)
         raise UserError(f"metric_for_best_model: no held-out metric {name!r}{near}; logged are {', '.join(logged)}")
 

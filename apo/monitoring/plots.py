@@ -213,6 +213,18 @@ _PANELS = (
         "Guard: tasks", "accuracy lost; band: its noise", {"guard/accuracy_drop": ("lost", PLUM)}, share=True, zero=True
     ),
     Panel(
+        "Guard: own answers",
+        "log-prob lost, nats a token; band: its noise",
+        {"guard/kl": ("lost", PLUM)},
+        zero=True,
+    ),
+    Panel(
+        "Guard: winners",
+        "below their highest, nats a token; band: its noise",
+        {"guard/winners_fall": ("fall", PLUM)},
+        zero=True,
+    ),
+    Panel(
         "Length",
         "tokens a response, of the pairs of each log",
         {f"lengths/{side}": (side, color) for side, color in COLORS.items()},

@@ -6,6 +6,7 @@ answer ended. `apo diagnose` compares them with the answers before the first ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,8 +90,11 @@ def build_sample_answers(
     """
     sharded = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
     pairs = [] if count == 0 or sharded else spread_pairs(trainer, 4 * (count or PROMPTS))
-    prompts = [list(ids) for ids in dict.fromkeys(tuple(pair["prompt_ids"]) for pair in pairs)][: count or PROMPTS]
+    prompts = [list(ids) for ids in dict.fromkeys(tuple(pair["prompt_ids"]) for pair in pairs)]
+    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    prompts = [ids for ids in prompts if len(ids) + MIN_TOKENS <= context][: count or PROMPTS]
     max_tokens = MAX_TOKENS if count else min(MAX_TOKENS, affordable_tokens(trainer))
+    max_tokens = int(min(max_tokens, context - max(map(len, prompts), default=0)))
     return SampleAnswers(trainer, prompts, tokenizer, max_tokens, out) if prompts and max_tokens >= MIN_TOKENS else None
 
 

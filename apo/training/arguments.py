@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def check_arguments(args: APOConfig, objective: Mixture, dataset: Any, eval_data
 
     `packed` is true if packed rows may be used; they cannot hold images.
     """
-    check_best_metric(args.metric_for_best_model, objective)
+    sets = eval_dataset if isinstance(eval_dataset, Mapping) else ()
+    check_best_metric(args.metric_for_best_model, objective, sets)
     if packed and (images := {"image", "images"} & set(getattr(dataset, "column_names", None) or ())):
         raise UserError(
             f"the train dataset has a column {min(images)!r}, and packed rows hold text only; set shared_prefix=False, "

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,16 @@ def test_merge_from_the_command_line(adapter, tmp_path, monkeypatch, capsys):
     assert "is not empty; choose another folder" in capsys.readouterr().err
     assert call(monkeypatch, "merge", adapter / "base", "--out", tmp_path / "other") == 2
     assert "has no adapter_config.json" in capsys.readouterr().err
+
+
+def test_an_adapter_is_merged_into_the_empty_folder_that_one_works_in(adapter, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge(adapter / "adapter", ".")
+    assert Path("config.json").is_file()
+    assert {file.name for file in tmp_path.iterdir()} == {"here"}
+    merged = merge(adapter / "adapter", tmp_path / "merged")
+    assert {file.name for file in Path.cwd().iterdir()} == {file.name for file in merged.iterdir()}
 
 
 def test_an_adapter_whose_base_has_moved_is_reported(adapter, tmp_path):

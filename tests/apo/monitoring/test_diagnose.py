@@ -11,7 +11,8 @@ from matplotlib.image import imread
 
 from apo import cli
 from apo.monitoring.diagnosis import MIN_LINES, RULES, diagnose, find_problems, training_log
-from apo.monitoring.diagnosis_report import diagnosis_lines
+from apo.monitoring.diagnosis_report import TABLE_METRICS, diagnosis_lines
+from apo.monitoring.guard import GuardMeasurement, guard_metrics
 from apo.monitoring.plots import _PANELS
 from apo.training.config import TrainConfig
 from apo.training.train import train
@@ -93,6 +94,13 @@ def test_a_lone_noisy_line_is_no_reason_and_few_lines_are_none():
 def test_a_small_run_of_six_lines_is_judged():
     objective, metrics = PROVOKED["saturated"]
     assert "saturated" in find_problems(training_log(rows(count=6, **metrics), objective))
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.01])
+def test_saturated_pairs_in_the_wrong_order_are_no_reason_to_train_on(accuracy):
+    metrics = named(saturation=lambda t: t, rewards__accuracies=lambda t: accuracy)
+    _, advice = find_problems(training_log(rows(count=8, **metrics), "apo_zero"))["saturated"]
+    assert "lower the learning rate" in advice
 
 
 def test_lost_numbers_and_missing_metrics_are_borne():
@@ -184,6 +192,17 @@ def test_the_command_draws_and_reports_also_during_a_run(model_dir, data, tmp_pa
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no run of `apo train`"):
         diagnosis_lines(tmp_path)
+
+
+def test_each_measure_of_the_guard_is_a_panel_and_a_line_of_the_table():
+    full = GuardMeasurement((1.0, 2.0), (1, 2), (1.0, 0.0), (1.0, 2.0), (3, 4), (-1.0, -2.0))
+    logged = {name for name in guard_metrics(full, full) if not name.endswith("_noise")}
+    changes = {"guard/text_loss_rise", "guard/accuracy_drop", "guard/kl", "guard/winners_fall"}
+    assert {key for panel in _PANELS for key in panel.lines if key.startswith("guard/")} == changes
+    assert {key for key in TABLE_METRICS if key.startswith("guard/")} == logged - changes | {
+        "guard/kl",
+        "guard/winners_fall",
+    }
 
 
 def test_every_panel_draws_what_the_log_may_hold(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from apo.monitoring.diagnosis_report import diagnosis_lines, questions, sample_lines
 from apo.training.config import TrainConfig
@@ -81,6 +81,23 @@ def test_a_long_run_answers_five_prompts(recipe, monkeypatch):
     monkeypatch.setattr("apo.monitoring.sample_answers.TOKENS_PER_STEP", {"cpu": 0.05, "accelerator": 0.05})
     run(recipe, samples=None)
     assert len(samples(recipe["out"])) == 11 * 5
+
+
+def test_answers_end_where_the_models_positions_do_and_prompts_without_room_are_left_out(recipe, tmp_path):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+    tokenizer = AutoTokenizer.from_pretrained(recipe["model"])
+    rows = [json.loads(line) for line in Path(recipe["dataset"]).read_text().splitlines()]
+    turns = [row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+             for row in rows]  # fmt: skip
+    lengths = [len(tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]) for turn in turns]
+    positions = min(lengths) + 20  # so that the longest prompts have no room, and none has any for MAX_TOKENS
+    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=positions, **sizes)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    trainer = {**recipe["trainer"], "max_length": positions}
+    run(recipe, model=str(tmp_path / "gpt2"), trainer=trainer, samples=2)
+    answers = samples(recipe["out"])
+    assert len(answers) == 22
+    assert all(16 <= row["tokens"] <= 20 for row in answers)
 
 
 def test_a_resumed_run_has_the_lines_of_an_unbroken_one(recipe, tmp_path):

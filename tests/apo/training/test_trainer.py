@@ -698,6 +698,9 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path, tokenizer, pairs):
             r"did you mean 'rewards/accuracies'\?\); logged are loss, logps/",
         ),
         ({"metric_for_best_model": "rewards/margins", "objective": "sft"}, "no held-out metric 'rewards/margins'"),
+        ({"metric_for_best_model": "saturation", "objective": "sft"}, "no held-out metric 'saturation'"),
+        ({"metric_for_best_model": "train_loss"}, "no held-out metric 'train_loss'"),
+        ({"metric_for_best_model": "kl/mismatched"}, "no held-out metric 'kl/mismatched'"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length needs a column 'length' of lengths"),
     ],
 )
@@ -720,9 +723,12 @@ def test_options_that_an_optimizer_or_schedule_does_not_take_are_reported(more, 
         apo_trainer(tmp_path, tokenizer, pairs, **more).train()
 
 
-@pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_rewards/accuracies", "eval_two_rewards/chosen_p50"])
-def test_every_metric_that_is_logged_may_choose_the_best_model(name):
-    check_best_metric(name, resolve_mixture("apo_zero"))
+@pytest.mark.parametrize(
+    ("name", "sets"),
+    [("loss", []), ("eval_loss", []), ("eval_rewards/accuracies", []), ("eval_two_rewards/chosen_p50", ["one", "two"])],
+)
+def test_every_metric_that_is_logged_may_choose_the_best_model(name, sets):
+    check_best_metric(name, resolve_mixture("apo_zero"), sets)
 
 
 def test_images_are_refused_in_packed_rows_with_the_option_to_set(tmp_path, tokenizer, pairs):
