@@ -138,6 +138,8 @@ def load_inputs(config: AdviseConfig) -> AdviceInputs:
         for row in read_rows([config.dataset])
         if row["chosen"] != row["rejected"]
     ]
+    for reason, count in Counter(filter(None, map(_unsuitable, rows))).items():
+        raise UserError(f"{config.dataset.public}: {count} of {len(rows)} pairs {reason}")
     different = {content_hash(row["prompt"]): row for row in reversed(rows)}
     if len(different) < sample_size(COARSE):
         raise UserError(
@@ -148,6 +150,15 @@ def load_inputs(config: AdviseConfig) -> AdviceInputs:
     sample = [different[prompt] for prompt in drawn[: sample_size(config.sample_difference)]]
     strange = Counter(mismatch for row in sample if (mismatch := template_mismatch(row["prompt"], tokenizer)))
     return AdviceInputs(sample, len(rows), len(different), *own_shares(config), dict(strange), template)
+
+
+def _unsuitable(row: Mapping[str, Any]) -> str | None:
+    """Return why a pair cannot be compared with answers of the model, or None."""
+    if isinstance(row["prompt"], str):
+        return "are plain text without turns; give a column `prompt`, or conversations"
+    if any(turn.get("tool_calls") for part in ("prompt", "chosen", "rejected") for turn in row[part]):
+        return "call tools, and advice compares texts; give pairs without tool calls"
+    return None
 
 
 def template_mismatch(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | None:

@@ -225,7 +225,7 @@ def _result(
     held_out = {entry["name"]: entry for entry in summarize(completed, {})["runs"]}
     entries = []
     for run in runs:
-        objective, displacement = run.name.rsplit("-", 1)
+        objective, displacement = run.name.split("-", 1)  # a displacement may be 5e-05
         gain = gains.by_pilot.get(run.name)
         entries.append(
             {

@@ -178,6 +178,19 @@ def settings(tmp_path: Path, dataset: Path, url: str | None = None, **changes: o
     return resolve(AdviseConfig, values | changes)
 
 
+def test_pairs_that_call_tools_and_pairs_of_plain_text_are_refused(tmp_path):
+    rows = [json.loads(line) for line in write_rows(tmp_path / "rows.jsonl", 40).read_text("utf-8").splitlines()]
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    rows[3]["chosen"][0]["tool_calls"] = [call]
+    (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with pytest.raises(UserError, match=r"calls\.jsonl: 1 of 40 pairs call tools, and advice compares texts"):
+        load_inputs(settings(tmp_path, tmp_path / "calls.jsonl"))
+    texts = [{"chosen": f"Task {n} is 3", "rejected": f"Task {n} is 4"} for n in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), "utf-8")
+    with pytest.raises(UserError, match=r"40 of 40 pairs are plain text without turns; give a column `prompt`"):
+        load_inputs(settings(tmp_path, tmp_path / "texts.jsonl"))
+
+
 def test_too_few_prompts_are_reported_with_how_many_are_needed(tmp_path):
     file = write_rows(tmp_path / "few.jsonl", 31)
     file.write_text(file.read_text("utf-8") * 3, "utf-8")  # the same again is not more
