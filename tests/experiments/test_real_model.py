@@ -471,9 +471,12 @@ def test_the_page_says_what_the_results_of_each_run_hold():
     numbers = "541 | 20.0 [16.0, 24.0] | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] |"
     assert text.count(f"instruction, loose, types unseen | {numbers}") == 1
     assert "| 2 | clair | 10 | 6 | reviser/refusal/new_content 4 |" in text
-    # one of ten differs: the standard error is 0.1, t of 9 degrees of freedom 2.262; run 2 has no primary cell
-    assert "| 1 | clair-dpo | -10.0 [-32.6, +12.6] | 0, 1 |" in text
-    assert "| 2 | clair-dpo |" not in text
+    # one of ten differs: the standard error is 0.1, t of 9 degrees of freedom 2.262; the bases of both runs are equal
+    contrast = "-10.0 [-32.6, +12.6] | 0, 1 |"
+    assert f"| 1 | clair-dpo | {contrast}" in text
+    assert f"| 2 | judged-apo_zero | {contrast}" in text
+    second["evaluations"]["ifeval"]["base"] = {**first["evaluations"]["ifeval"]["base"], "scores": "11" * 5}
+    assert text.replace(f"| 2 | judged-apo_zero | {contrast}\n", "") == table.page({1: first, 2: second})
     assert f"| 1 | {PRIMARY.name} | 0.0003, 2: 30.0 | 0.0003, 2 |" in text
     assert "| 2 | judged-apo_zero | 200 | +2.0 | -3.0 | 10 |" in text
     assert "| 2 | clair | 0.5 |  |  |  |  | 0.5 | 1.0 | 1000 |" in text

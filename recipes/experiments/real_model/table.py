@@ -205,13 +205,22 @@ def _benchmark(runs: Runs, benchmark: str, title: str) -> Iterator[str]:
 
 
 def _contrasts(runs: Runs) -> Iterator[str]:
-    """The primary cell minus each other one of its run, by prompt. Not planned, so without corrected p-values."""
-    rows = []
+    """The primary cell minus each other one, by prompt. Not planned, so without corrected p-values.
+
+    A run without the primary cell is compared with that of another run whose base follows the same prompts.
+    """
+    rows, primary = [], {}
+    for results in runs.values():
+        models = results["evaluations"]["ifeval"]
+        if PRIMARY.name in models:
+            primary.setdefault(models["base"]["scores"], models[PRIMARY.name]["scores"])
     for run, results in runs.items():
-        scores = {name: [*map(int, model["scores"])] for name, model in results["evaluations"]["ifeval"].items()}
+        models = results["evaluations"]["ifeval"]
+        reference = models[PRIMARY.name]["scores"] if PRIMARY.name in models else primary.get(models["base"]["scores"])
         for cell in CELLS:
-            if cell != PRIMARY and {cell.name, PRIMARY.name} <= scores.keys():
-                difference = paired_difference(scores[cell.name], scores[PRIMARY.name], range(len(scores[cell.name])))
+            if reference and cell != PRIMARY and cell.name in models:
+                theirs, ours = ([*map(int, scores)] for scores in (models[cell.name]["scores"], reference))
+                difference = paired_difference(theirs, ours, range(len(ours)))
                 mean = f"{100 * difference.estimate.mean:+.1f} {_interval(difference.interval)}".rstrip()
                 rows.append(_row(run, cell.name, mean, f"{difference.better}, {difference.worse}"))
     if rows:
