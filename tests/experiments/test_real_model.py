@@ -470,6 +470,7 @@ def test_the_page_says_what_the_results_of_each_run_hold():
     assert "| 2 | judged-apo_zero | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] | 0.020 | 0.030 | 30, 3 | 7 |" in text
     numbers = "541 | 20.0 [16.0, 24.0] | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] |"
     assert text.count(f"instruction, loose, types unseen | {numbers}") == 1
+    assert "| 2 | judged-apo_zero |  | +5.0 [+1.0, +9.0] |" in text
     assert "| 2 | clair | 10 | 6 | reviser/refusal/new_content 4 |" in text
     # one of ten differs: the standard error is 0.1, t of 9 degrees of freedom 2.262; the bases of both runs are equal
     contrast = "-10.0 [-32.6, +12.6] | 0, 1 |"
@@ -487,10 +488,7 @@ def test_the_page_says_what_the_results_of_each_run_hold():
 
 
 def test_the_page_is_what_the_committed_results_make():
-    head, heading, text = (ROOT / table.PAGE).read_text("utf-8").partition(table.HEADING)
-    assert head
-    assert heading
-    assert text.strip() == table.page(table.read_runs(ROOT / table.COMMITTED)).strip()
+    assert (ROOT / table.PAGE).read_text("utf-8") == table.page(table.read_runs(ROOT / table.COMMITTED))
 
 
 # ---- the real model
@@ -508,7 +506,7 @@ def test_the_whole_road_on_the_real_model(real_model, shared, tmp_path):
         assert all(holds(constraint, pair["chosen"][-1]["content"]) for constraint in constraints)
         assert not all(holds(constraint, pair["rejected"][-1]["content"]) for constraint in constraints)
     text = table.page({1: table.collect(tmp_path)})
-    assert "### IFEval, prompts" in text
-    assert "### Five answers" in text
+    assert "## IFEval, prompts" in text
+    assert "## Five answers" in text
     compared = json.loads((tmp_path / "evals/ifeval/compare/compare.json").read_text())
     assert compared["tuned"][0]["name"].endswith(PRIMARY.name)

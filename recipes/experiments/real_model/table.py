@@ -1,4 +1,4 @@
-"""Collect the results of a run, and write the results section of docs/real_model.md from those of all runs.
+"""Collect the results of a run, and write docs/real_model_results.md from those of all runs.
 
     python -m recipes.experiments.real_model.table --out FOLDER --collect 2   # FOLDER -> results/run-2.json
     python -m recipes.experiments.real_model.table                          # prints the results; --write: into the page
@@ -28,8 +28,7 @@ from recipes.experiments.real_model.cells import CELLS, PRIMARY
 from recipes.world.running import ROOT
 
 COMMITTED = Path("recipes/experiments/real_model/results")
-PAGE = Path("docs/real_model.md")
-HEADING = "## Results\n"
+PAGE = Path("docs/real_model_results.md")
 ANSWERS = 5
 SHOWN_CHARACTERS = 240
 
@@ -81,11 +80,12 @@ def _relative(choice: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _pairs(folder: Path) -> dict[str, Any]:
-    """Return the manifest's counts, and the drops by stage, reason and, for a refusal, the program's reason."""
+    """Return the manifest's counts, and the drops by stage, reason and, if the program refused, its reason."""
     drops: Counter[str] = Counter()
     for text in (folder / "dropped.jsonl").read_text("utf-8").splitlines():
         drop = json.loads(text)
-        refusal = drop["detail"].rpartition(": ")[2] if drop["reason"] == "refusal" else ""
+        by_program = (drop["stage"], drop["reason"]) == ("reviser", "refusal")  # else the detail is a model's text
+        refusal = drop["detail"].rpartition(": ")[2] if by_program else ""
         drops["/".join(filter(None, (drop["stage"], drop["reason"], refusal)))] += 1
     return {"counts": read_json(folder / "manifest.json")["counts"], "drops": dict(drops.most_common())}
 
@@ -138,14 +138,19 @@ def read_runs(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def page(runs: Runs) -> str:
-    """Return the text of the results section."""
+    """Return the text of the page."""
     return "\n".join(
         [
-            "`python -m recipes.experiments.real_model.table --write` makes this section from",
-            f"`{COMMITTED}`. Differences are in points, with 95 % intervals.",
+            "# Results on a real model",
+            "",
+            "The figures behind [a real model, measured on IFEval](real_model.md), which says what they mean.",
+            "`python -m recipes.experiments.real_model.table --write` makes this page from",
+            f"`{COMMITTED}`. Differences are in points, with 95 % intervals. Each run has a base,",
+            "pairs and cells of its own.",
             *_benchmark(runs, "ifeval", "IFEval, prompts whose instructions are all followed, loosely"),
             *_contrasts(runs),
             *_measures(runs),
+            *_by_type(runs),
             *_benchmark(runs, "mixeval", "MixEval-Hard, by rules"),
             *_pair_table(runs),
             *_choices(runs),
@@ -158,7 +163,7 @@ def page(runs: Runs) -> str:
 
 
 def _heading(title: str, *head: str) -> list[str]:
-    return ["", f"### {title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
 
 
 def _row(*cells: object) -> str:
@@ -242,6 +247,17 @@ def _measures(runs: Runs) -> Iterator[str]:
             yield _row(run, label, section["rows"], _percent(section["base"]), _percent(tuned), _delta(tuned))
 
 
+def _by_type(runs: Runs) -> Iterator[str]:
+    """Each cell's gain on the types of constraint that occur in training and on those that do not."""
+    yield from _heading("Instructions, loosely, by type", "run", "cell", "types seen", "types unseen")
+    for run, results in runs.items():
+        compared = results["compared"]["ifeval"]
+        sections = {section["benchmark"]: section["tuned"] for section in compared["sections"]}
+        for index, name in enumerate(compared["names"]):
+            gains = (_delta(sections[kind][index]) if kind in sections else "" for kind in ("seen", "unseen"))
+            yield _row(run, name, *gains)
+
+
 def _pair_table(runs: Runs) -> Iterator[str]:
     yield from _heading("Pairs", "run", "pairs", "prompts", "pairs made", "dropped, by stage and reason")
     for run, results in runs.items():
@@ -298,7 +314,7 @@ def _shown(runs: Runs) -> Iterator[str]:
     """Answers of the first run that has the primary cell."""
     results = next(results for results in runs.values() if results["answers"])
     count = len(results["evaluations"]["ifeval"]["base"]["scores"]) // ANSWERS
-    yield from ("", f"### Five answers, every {count}th prompt")
+    yield from ("", f"## Five answers, every {count}th prompt")
     for answer in results["answers"]:
         yield from ("", "```text", f"PROMPT  {_clipped(answer['prompt'])}", "")
         for name in ("before", "after"):
@@ -312,10 +328,10 @@ def _clipped(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the results of docs/real_model.md.")
+    parser = argparse.ArgumentParser(description="Make docs/real_model_results.md.")
     parser.add_argument("--out", type=Path, help="the folder of a run; for --collect")
     parser.add_argument("--collect", type=int, metavar="RUN", help=f"read --out, and write {COMMITTED}/run-RUN.json")
-    parser.add_argument("--write", action="store_true", help=f"write the results into {PAGE}")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE}")
     args = parser.parse_args()
     if (args.collect is None) != (args.out is None):
         parser.error("--collect and --out need each other: the number and the folder of a run")
@@ -329,8 +345,7 @@ def main() -> None:
         raise SystemExit(f"real: {error}") from None
     print(text)
     if args.write:
-        head, _, _ = PAGE.read_text("utf-8").partition(HEADING)
-        write_atomically(PAGE, f"{head}{HEADING}\n{text}")
+        write_atomically(PAGE, text)
 
 
 if __name__ == "__main__":
