@@ -156,7 +156,7 @@ def _unsuitable(row: Mapping[str, Any]) -> str | None:
     """Return why a pair cannot be compared with answers of the model, or None."""
     if isinstance(row["prompt"], str):
         return "are plain text without turns; give a column `prompt`, or conversations"
-    if any(turn.get("tool_calls") for part in ("prompt", "chosen", "rejected") for turn in row[part]):
+    if any(turn.get("tool_calls") for name in ("prompt", "chosen", "rejected") for turn in row[name]):
         return "call tools, and advice compares texts; give pairs without tool calls"
     return None
 

@@ -82,8 +82,8 @@ def group_row(row: Mapping[str, Any], group: str) -> dict[str, Any]:
     if row["preferred"][group] >= 0.5:
         return named
     preferred = {name: 1 - probability for name, probability in row["preferred"].items()}
-    kept = {name: value for name, value in named.items() if name not in ("contrast", "reasoning")}
-    return {**_swap_sides(kept), "preferred": preferred, "worst": min(preferred.values())}
+    columns = {name: value for name, value in named.items() if name not in ("contrast", "reasoning")}
+    return {**_swap_sides(columns), "preferred": preferred, "worst": min(preferred.values())}
 
 
 def _swap_sides(columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -202,10 +202,10 @@ def paired_difference(base: Sequence[float], tuned: Sequence[float], clusters: S
 def sign_test(better: int, worse: int) -> float:
     """Two-sided p-value of the exact sign test (McNemar's for scores 0 and 1); 1 if nothing differs."""
     n = better + worse
-    ways = total = 1  # integers: from n = 1,024 on they are no floats
+    coefficient = total = 1  # integers: from n = 1,024 on they are no floats
     for k in range(min(better, worse)):
-        ways = ways * (n - k) // (k + 1)
-        total += ways
+        coefficient = coefficient * (n - k) // (k + 1)
+        total += coefficient
     return min(1.0, 2 * total / 2**n)
 
 
