@@ -230,4 +230,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from apo.heap import restart_with_tunables
+
+    restart_with_tunables()
     main()

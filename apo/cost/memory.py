@@ -14,6 +14,7 @@ import torch
 
 from apo.cost.deepspeed_memory import ZeroConfig, zero_memory
 from apo.cost.sizes import ModelSizes, PassCost, pass_costs
+from apo.heap import reuses_memory
 from apo.packing.head import HEAD_CHUNK, stores_logits
 from clair.inference.generation.onednn import has_bfloat16, rows_multiple
 
@@ -29,12 +30,13 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 TRL_TILE, TRL_SLOPE = (4096, 32_768), 29
 """Positions and vocabulary of a tile of TRL 1.16's head, and the bytes of a logit's gradient on a CPU: seven
 float32 numbers and a flag."""
-HOLES, INTERLEAVED_HOLES, MKL_ADAPTER_HOLES = 0.6, 1.0, 1.4
-"""MEASURED, not derived: what glibc's allocator wastes on a CPU, in activations of all layers without checkpointing.
-
-glibc before 2.38 rarely reuses a freed block of torch's for another of the same size. Where results are freed between
-stored activations, more is wasted: with checkpointing, or an adapter in float32; for an adapter still more if MKL makes
-the products, because oneDNN is no faster on this processor. Equal runs differ by a fifth (docs/log).
+HOLES, CHECKPOINTING_HOLES, QUANTIZED_HOLES = 0.4, 0.65, 1.0
+"""MEASURED, not derived: what glibc's allocator wastes on a CPU under `apo.heap.TUNABLES`, in activations of all layers
+without checkpointing.
+"""
+PLAIN_HOLES, PLAIN_INTERLEAVED_HOLES, MKL_ADAPTER_HOLES = 0.6, 1.0, 1.4
+"""The same without these settings, where equal runs differ by a fifth (docs/log): the second with checkpointing or an
+adapter in float32, the third for such an adapter if MKL makes the products, because oneDNN is no faster here.
 """
 
 
@@ -148,7 +150,7 @@ def peak_memory(job: Job) -> dict[str, float]:
     The peak is the larger of two moments. At the start of backward: activations, the head's buffers and, if gradients
     accumulate, all gradients. At the end of backward: all gradients and one layer's activations.
 
-    On a CPU, the allocator's `HOLES` are added; a GPU's allocator is assumed to waste nothing. If the model's file has
+    On a CPU, what the allocator wastes is added; a GPU's allocator is assumed to waste nothing. If the model's file has
     numbers of another type, both copies exist while it is read.
 
     With sharding (FSDP2), a process stores its shard of weights, gradients and states, and gathers `_gathered_bytes` in
@@ -237,9 +239,12 @@ def _layer_bytes(job: Job, row: PassCost) -> float:
 
 def _hole_bytes(job: Job, row: PassCost) -> float:
     adapter_in_float32 = job.is_adapter and job.compute == 4
-    holes = INTERLEAVED_HOLES if job.checkpointing or adapter_in_float32 else HOLES
-    if adapter_in_float32 and not (job.checkpointing or job.quantized) and rows_multiple(torch.device("cpu")) == 1:
+    if reuses_memory():
+        holes = QUANTIZED_HOLES if job.quantized else CHECKPOINTING_HOLES if job.checkpointing else HOLES
+    elif adapter_in_float32 and not (job.checkpointing or job.quantized) and rows_multiple(torch.device("cpu")) == 1:
         holes = MKL_ADAPTER_HOLES
+    else:
+        holes = PLAIN_INTERLEAVED_HOLES if job.checkpointing or adapter_in_float32 else PLAIN_HOLES
     return holes * job.sizes.layers * _layer_bytes(job, row)
 
 

@@ -78,7 +78,7 @@ def train_command(run: SweepRun, arguments: Sequence[str]) -> list[str]:
 def _start(run: SweepRun, arguments: Sequence[str], device: str | None) -> WatchedProcess:
     visible = [] if device is None else ["env", f"CUDA_VISIBLE_DEVICES={device}"]
     with open(log_file(run), "ab") as log:
-        return WatchedProcess([*visible, sys.executable, "-m", "apo.cli", *train_command(run, arguments)], log)
+        return WatchedProcess([*visible, sys.executable, "-m", "apo", *train_command(run, arguments)], log)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,3 +96,16 @@ def add_reference_logps(
         dataset = dataset.remove_columns(column) if column in dataset.column_names else dataset
         dataset = dataset.add_column(column, values)  # pyright: ignore[reportCallIssue]  # its decorator hides the rest
     return dataset, computed
+
+
+@contextmanager
+def without_weight_hash() -> Iterator[None]:
+    """TRL's trainer is made without a hash of all weights, seconds for each GB: it names TRL's cache, not used here."""
+    from trl.trainer import dpo_trainer
+
+    names = vars(dpo_trainer)
+    hash_module, names["hash_module"] = names["hash_module"], lambda module: ""
+    try:
+        yield
+    finally:
+        names["hash_module"] = hash_module

@@ -45,7 +45,7 @@ from apo.training.checkpointing import CheckpointTrainer
 from apo.training.collator import PairCollator
 from apo.training.logprobs import LogprobComputer
 from apo.training.optimizer_check import check_optimizer, count_steps
-from apo.training.reference import NO_CACHE_FOR_STREAMS, Advance, add_reference_logps
+from apo.training.reference import NO_CACHE_FOR_STREAMS, Advance, add_reference_logps, without_weight_hash
 from apo.training.rows import prepare_rows
 from apo.training.soft_prompt import add_soft_prompt
 from apo.training.trainer_config import APOConfig
@@ -123,7 +123,8 @@ class APOTrainer(CheckpointTrainer):
         if is_named and not is_loaded_by_name:
             args.model_init_kwargs = None  # TRL would warn that they are ignored: the model is loaded already
         # Other models than transformers' and PEFT's work as well.
-        super().__init__(model=cast(Any, model), ref_model=ref_model, args=args, **kwargs)
+        with without_weight_hash():
+            super().__init__(model=cast(Any, model), ref_model=ref_model, args=args, **kwargs)
         args.model_init_kwargs = init_kwargs
         self.is_fsdp_enabled = self._uses_fsdp
         if getattr(model, "is_loaded_in_4bit", False):  # TRL casts the adapter to bfloat16, which drops small steps

@@ -14,7 +14,7 @@ from clair.pipeline.export import next_round
 from clair.rounds.config import IterateConfig, Recipes, override
 
 _RESULTS = {"winrate": "winrate.json", "ifeval": "score.json", "mixeval": "score.json"}
-CLAIR, APO = (sys.executable, "-m", "clair.cli"), (sys.executable, "-m", "apo.cli")
+CLAIR, APO = (sys.executable, "-m", "clair.cli"), (sys.executable, "-m", "apo")
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ def run_pilot(world: str, pairs: str, folder: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     recipe, before = write_recipes(world, pairs, folder, out), _children_seconds()
     with open(out / "messages.log", "ab") as log:
-        code = WatchedProcess([sys.executable, "-m", "apo.cli", "advise", str(recipe), "--pilot"], log).wait()
+        code = WatchedProcess([sys.executable, "-m", "apo", "advise", str(recipe), "--pilot"], log).wait()
     if not (out / "advice/rates.json").is_file() or code not in (0, 2):
         raise UserError(f"the pilot of {world} {pairs} ended with code {code}; see {out}/messages.log")
     # Code 2 after the rates were matched: the guard stopped every pilot, so that nothing is recommended.

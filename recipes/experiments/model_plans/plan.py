@@ -116,7 +116,7 @@ def dry_run(recipe: Path, folder: Path, pairs: Path) -> str:
     model = config_only(yaml.safe_load(recipe.read_text("utf-8"))["model"], folder / recipe.stem)
     values = [f"model={model}", f"dataset={pairs}", f"out={folder / 'run'}"]
     options = [word for value in values for word in ("--set", value)]
-    command = [sys.executable, "-m", "apo.cli", "train", str(recipe), "--dry-run", *processes_of(recipe), *options]
+    command = [sys.executable, "-m", "apo", "train", str(recipe), "--dry-run", *processes_of(recipe), *options]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if "# steps:" not in process.stdout or process.returncode not in (0, 2):
         raise RuntimeError(f"{recipe.name}: {process.stderr.strip() or process.stdout}")

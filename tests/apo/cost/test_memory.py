@@ -24,6 +24,7 @@ from apo.cost import memory as fit
 from apo.cost import sizes as shapes
 from apo.cost.deepspeed_memory import ZeroConfig, parse_zero_config, zero_memory
 from apo.cost.sizes import Device, PassCost, pass_costs
+from apo.heap import TUNABLES
 from apo.packing import attention, packed_model
 from apo.packing.layout import pack_pairs
 from apo.packing.packed_model import enable_packing, packed_logps
@@ -514,8 +515,9 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read where Linux tells it")
+@pytest.mark.parametrize("tunables", ["", TUNABLES], ids=["plain", "reused"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tmp_path):
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tunables, tmp_path):
     sizes, lengths, special = CASES[name]
     case = {"lora": False, "quantize": False, "dtype": "float32", "lengths": lengths, **special}
     case["args"] = {"per_device_train_batch_size": 2, **special.get("args", {})}
@@ -523,7 +525,7 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tmp_path):
         case[key] = str(tmp_path / key)
         config = LlamaConfig(**which, pad_token_id=0, bos_token_id=1, eos_token_id=3)
         LlamaForCausalLM(config).save_pretrained(case[key])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": tunables}
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(case), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-2000:]

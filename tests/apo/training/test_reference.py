@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
 from apo.models import tensor_cache as cache
 from apo.models.tensor_cache import hash_model
@@ -46,6 +48,18 @@ def test_a_second_run_with_another_rate_beta_and_objective_computes_nothing(tmp_
         again = prepared(tmp_path, tokenizer, pairs, **options)
         assert again.reference_computed == {"train": 0}
         torch.testing.assert_close(columns(again), columns(first), rtol=0, atol=0)
+
+
+def test_weights_are_hashed_once_and_not_by_trl_for_a_cache_that_is_not_used(tmp_path, tokenizer, pairs, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(dpo_trainer, "hash_module", hashed.append)
+    prepared(tmp_path, tokenizer, pairs)
+    assert not hashed
+    assert dpo_trainer.hash_module == hashed.append
+    same = {"output_dir": str(tmp_path / "trl"), "report_to": "none", "use_cpu": True, "bf16": False}
+    args = DPOConfig(**same, activation_checkpointing=False, precompute_ref_log_probs=True)
+    DPOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
+    assert len(hashed) == 1
 
 
 def test_cached_log_probs_are_the_online_ones(tmp_path, tokenizer, pairs):
