@@ -16,18 +16,20 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
 MARK = "<!-- speed -->\n"
 ROWS = {
-    "real model": "SmolLM2-135M in full, IFEval prompts, 8 a batch", "clair 4": "CLAIR lengths, 4 a batch",
-    "clair 8": "CLAIR lengths, 8 a batch",
-    "prompt 1200, responses 300": "prompts of 1,200 tokens, answers of 300, 4 a batch",
-}  # fmt: skip
-"""Cases of the benchmark in the order of the table: the real model comes first."""
+    ("train_vs_trl_real_intel", "real model"): "SmolLM2-135M in full, IFEval prompts, 8 a batch; an Intel processor",
+    ("train_vs_trl_real", "real model"): "the same on an AMD processor, as all below",
+    ("train_vs_trl", "clair 4"): "CLAIR lengths, 4 a batch",
+    ("train_vs_trl", "clair 8"): "CLAIR lengths, 8 a batch",
+    ("train_vs_trl", "prompt 1200, responses 300"): "prompts of 1,200 tokens, answers of 300, 4 a batch",
+}
+"""File of results and case in it, in the order of the table: the real model comes first."""
 COLUMNS = {"ours": "here", "trl defaults": "TRL's defaults", "trl best": "TRL's fastest settings"}
 
 
-def cases() -> dict[str, dict[str, Any]]:
-    """The measured cases, of all result files of the benchmark."""
-    files = [json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob("train_vs_trl*.json"))]
-    return {name: case for result in files for name, case in result["cases"].items()}
+def cases() -> list[tuple[str, dict[str, Any]]]:
+    """Label and results of each row of the table."""
+    files = {name: json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name, _ in ROWS}
+    return [(label, files[name]["cases"][case]) for (name, case), label in ROWS.items()]
 
 
 def cell(case: dict[str, Any], mode: str) -> str:
@@ -44,13 +46,12 @@ def span(ratio: dict[str, float]) -> str:
     return f"{ratio['min']:.1f}-{ratio['max']:.1f}x"
 
 
-def table(measured: dict[str, dict[str, Any]]) -> str:
+def table(measured: list[tuple[str, dict[str, Any]]]) -> str:
     """The table of all measured cases, in markdown."""
-    names = [name for name in ROWS if name in measured]
     lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
-    lines += [f"| {ROWS[name]} | {' | '.join(cell(measured[name], mode) for mode in COLUMNS)} |" for name in names]
+    lines += [f"| {label} | {' | '.join(cell(case, mode) for mode in COLUMNS)} |" for label, case in measured]
     peaks = [
-        ", ".join(f"{peak:,.0f}" if (peak := measured[name]["peak_mb"].get(mode)) else "–" for name in names)
+        ", ".join(f"{peak:,.0f}" if (peak := case["peak_mb"].get(mode)) else "–" for _, case in measured)
         for mode in COLUMNS
     ]
     return "\n".join([*lines, f"| peak memory of each, MB | {' | '.join(peaks)} |"]) + "\n"

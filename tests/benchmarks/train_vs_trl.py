@@ -162,10 +162,15 @@ def real_data() -> dict[str, Any]:
         }
         for row, other in zip(rows[::2], rows[1::2], strict=False)
     ]
-    return {
-        "train_dataset": Dataset.from_list(pairs[:PAIRS]),
-        "processing_class": AutoTokenizer.from_pretrained(REAL_MODEL),
-    }
+    tokenizer = AutoTokenizer.from_pretrained(REAL_MODEL)
+    # The template's line break after the last turn: TRL trains it and ours does not, as no model writes it.
+    broken, unbroken = (
+        "'<|im_end|>' + '\n'}}",
+        "'<|im_end|>'}}{% if not loop.last or add_generation_prompt %}{{'\n'}}{% endif %}",
+    )
+    assert broken in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(broken, unbroken)
+    return {"train_dataset": Dataset.from_list(pairs[:PAIRS]), "processing_class": tokenizer}
 
 
 def best_product() -> float:
