@@ -103,9 +103,9 @@ def without_weight_hash() -> Iterator[None]:
     """TRL's trainer is made without a hash of all weights, seconds for each GB: it names TRL's cache, not used here."""
     from trl.trainer import dpo_trainer
 
-    names = vars(dpo_trainer)
-    hash_module, names["hash_module"] = names["hash_module"], lambda module: ""
+    module: Any = dpo_trainer
+    hash_module, module.hash_module = module.hash_module, lambda module: ""
     try:
         yield
     finally:
-        names["hash_module"] = hash_module
+        module.hash_module = hash_module
