@@ -30,13 +30,13 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 TRL_TILE, TRL_SLOPE = (4096, 32_768), 29
 """Positions and vocabulary of a tile of TRL 1.16's head, and the bytes of a logit's gradient on a CPU: seven
 float32 numbers and a flag."""
-HOLES, CHECKPOINTING_HOLES, QUANTIZED_HOLES = 0.4, 0.65, 1.0
+HOLES, CHECKPOINTING_HOLES, QUANTIZED_HOLES = 0.4, 0.3, 0.75
 """MEASURED, not derived: what glibc's allocator wastes on a CPU under `apo.heap.TUNABLES`, in activations of all layers
 without checkpointing.
 """
-PLAIN_HOLES, PLAIN_INTERLEAVED_HOLES, MKL_ADAPTER_HOLES = 0.6, 1.0, 1.4
-"""The same without these settings, where equal runs differ by a fifth (docs/log): the second with checkpointing or an
-adapter in float32, the third for such an adapter if MKL makes the products, because oneDNN is no faster here.
+PLAIN_HOLES, PLAIN_CHECKPOINTING_HOLES, PLAIN_ADAPTER_HOLES, MKL_ADAPTER_HOLES = 0.6, 1.0, 1.3, 1.6
+"""The same without these settings, where equal runs differ by a fifth (docs/log). The last two are for an adapter in
+float32, the last if MKL makes the products, because oneDNN is no faster here.
 """
 
 
@@ -213,7 +213,8 @@ def activation_bytes(job: Job, row: PassCost) -> float:
     Rejected branches store their own keys and values, 2 a c each, and a float mask, c per query-key product.
 
     Packed rows in float32 on a CPU (`apo.packing.fused`, `apo.packing.attention`) store 4 h for a norm, 2 i c for a
-    gated MLP that is not in 4 bits, nothing for the input of its last matrix, and nothing more for rejected branches.
+    gated MLP that is not in 4 bits, nothing for the input of a matrix after these two, and nothing more for rejected
+    branches.
     """
     layer = _layer_bytes(job, row)
     if job.checkpointing:
@@ -228,7 +229,8 @@ def _layer_bytes(job: Job, row: PassCost) -> float:
     recomputed = by_hand and not job.quantized
     norms = 2 * sizes.hidden * (4 + (0 if job.is_adapter or by_hand else job.weight))
     converted = job.mixed or (job.is_adapter and c < 4 and not job.zero)  # DeepSpeed rounds the adapter too
-    inputs = (5 if converted else 2) * sizes.hidden + sizes.heads + (0 if recomputed else sizes.inner)
+    normed = 0 if by_hand else 5 if converted else 2
+    inputs = normed * sizes.hidden + sizes.heads + (0 if recomputed else sizes.inner)
     inputs *= c if job.mixed or not converted else 4
     gated = (
         (2 if recomputed else 3) * sizes.inner * (job.weight if job.quantized else c)
@@ -238,13 +240,15 @@ def _layer_bytes(job: Job, row: PassCost) -> float:
 
 
 def _hole_bytes(job: Job, row: PassCost) -> float:
-    adapter_in_float32 = job.is_adapter and job.compute == 4
     if reuses_memory():
         holes = QUANTIZED_HOLES if job.quantized else CHECKPOINTING_HOLES if job.checkpointing else HOLES
-    elif adapter_in_float32 and not (job.checkpointing or job.quantized) and rows_multiple(torch.device("cpu")) == 1:
-        holes = MKL_ADAPTER_HOLES
+    elif job.checkpointing:
+        holes = PLAIN_CHECKPOINTING_HOLES
+    elif job.is_adapter and job.compute == 4:
+        uses_mkl = not job.quantized and rows_multiple(torch.device("cpu")) == 1
+        holes = MKL_ADAPTER_HOLES if uses_mkl else PLAIN_ADAPTER_HOLES
     else:
-        holes = PLAIN_INTERLEAVED_HOLES if job.checkpointing or adapter_in_float32 else PLAIN_HOLES
+        holes = PLAIN_HOLES
     return holes * job.sizes.layers * _layer_bytes(job, row)
 
 

@@ -14,14 +14,18 @@ Config = TypeVar("Config", bound=BenchmarkConfig)
 
 
 def folder_names(models: Sequence[str]) -> list[str]:
-    """A distinct folder name for each model: the shortest end of its path. Raises UserError for equal paths."""
+    """A distinct folder name for each model: the shortest end of its path.
+
+    Raises UserError for equal paths, and for paths that differ only in where `-` stands for `/`.
+    """
     paths = [Path(model).resolve() for model in models]
     if len(set(paths)) < len(paths):
         raise UserError("--model names the same folder twice; leave one out")
-    length = 1
-    while len({path.parts[-length:] for path in paths}) < len(paths):
-        length += 1
-    return ["-".join(path.parts[-length:]).strip("/") for path in paths]
+    for length in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["-".join(path.parts[-length:]).strip("/") for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"--model: {' and '.join(map(str, paths))} would share a folder of results; rename one")
 
 
 def configs_by_model(config: Config, folders: Sequence[str]) -> list[Config]:

@@ -1,7 +1,9 @@
 """Norms and gated MLPs of a decoder layer with backward passes by hand: on a CPU their time is that of memory.
 
 A norm keeps its input and one number per token, a gated MLP its two projections; torch would keep what lies between,
-too. `use_fused` recognizes modules by what they compute, whatever the architecture, and leaves others as they are.
+too. The linear layers that follow (clair.inference.generation.onednn) keep no input: it is computed again in their
+backward pass. `use_fused` recognizes modules by what they compute, whatever the architecture, and leaves others as they
+are.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 _OFFSET = "_offset_of_fused_norm"
@@ -25,22 +26,43 @@ def _chunks(rows: torch.Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
+def _saved(ctx: Any) -> Any:
+    """Return a node's saved tensors, which activation checkpointing lets a node read once only."""
+    if not hasattr(ctx, "saved"):
+        ctx.saved = ctx.saved_tensors
+    return ctx.saved
+
+
+def _last_saved(ctx: Any) -> Any:
+    """Return a node's saved tensors in its own backward pass, the last that needs them and what `recompute` stored."""
+    saved = _saved(ctx)
+    del ctx.saved
+    vars(ctx).pop("output", None)
+    return saved
+
+
 class _RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, eps: float) -> Any:
-        flat, out = x.reshape(-1, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
+        flat = x.reshape(-1, x.shape[-1])
         inverse = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        for chunk in _chunks(flat):
-            torch.mul(flat[chunk], inverse[chunk], out=out.view_as(flat)[chunk]).mul_(weight)
         ctx.save_for_backward(x, weight, inverse)
-        return out
+        ctx.recompute = _RMSNorm.recompute
+        return _normed(x, weight, inverse)
+
+    @staticmethod
+    def recompute(ctx: Any) -> torch.Tensor:
+        """Return the output again, once for all layers that follow."""
+        if not hasattr(ctx, "output"):
+            ctx.output = _normed(*_saved(ctx))
+        return ctx.output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator
-        x, weight, inverse = ctx.saved_tensors
+        x, weight, inverse = _last_saved(ctx)
         flat, grad = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, grad_outputs[0]))
         grad_x, grad_weight = torch.empty_like(flat), torch.zeros_like(weight)
         for chunk in _chunks(flat):
@@ -52,6 +74,13 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view_as(x), grad_weight, None
 
 
+def _normed(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    flat, out = x.reshape(-1, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
+    for chunk in _chunks(flat):
+        torch.mul(flat[chunk], inverse[chunk], out=out.view_as(flat)[chunk]).mul_(weight)
+    return out
+
+
 class _Gated(torch.autograd.Function):
     """activation(gate) * up; `tanh` selects GELU by tanh, else SiLU."""
 
@@ -59,12 +88,18 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Any, up: Any, tanh: bool) -> Any:
         ctx.save_for_backward(gate, up)
         ctx.tanh = tanh
+        ctx.recompute = _Gated.recompute
         return _gated(gate, up, tanh)
+
+    @staticmethod
+    def recompute(ctx: Any) -> torch.Tensor:
+        """Return the output again, for the one layer that follows."""
+        return _gated(*_saved(ctx), ctx.tanh)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator
-        gate, up, grad = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (*ctx.saved_tensors, grad_outputs[0]))
+        gate, up, grad = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (*_last_saved(ctx), grad_outputs[0]))
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         aten = torch.ops.aten
         for chunk in _chunks(gate):
@@ -109,19 +144,8 @@ def _norm_forward(self: Any, x: torch.Tensor) -> Any:
 def _mlp_forward(self: Any, x: torch.Tensor) -> Any:
     if not _applies(x):
         return type(self).forward(self, x)
-    gate, up, tanh = self.gate_proj(x), self.up_proj(x), _is_gelu(self)
-    hidden: Any = _Gated.apply(gate, up, tanh)
-    address, projections = hidden.data_ptr(), (gate.detach(), up.detach())
-
-    def pack(tensor: torch.Tensor) -> Any:  # of its input `down_proj` keeps the shape
-        return tensor.shape if tensor.data_ptr() == address and tensor.numel() == hidden_size else tensor
-
-    def unpack(packed: Any) -> torch.Tensor:
-        return packed if isinstance(packed, torch.Tensor) else _gated(*projections, tanh).view(packed)
-
-    hidden_size = hidden.numel()
-    with saved_tensors_hooks(pack, unpack):
-        return self.down_proj(hidden)
+    hidden: Any = _Gated.apply(self.gate_proj(x), self.up_proj(x), _is_gelu(self))
+    return self.down_proj(hidden)
 
 
 def _eps(norm: Any) -> float:

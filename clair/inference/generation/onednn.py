@@ -99,24 +99,29 @@ def product(a: torch.Tensor, b: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x @ weight.T + bias, with its products and those of the backward pass by `product`."""
+    """x @ weight.T + bias, with its products and those of the backward pass by `product`.
+
+    `node` is the node that made x, if it can `recompute` x from what it saves itself: x is then not saved.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any) -> Any:
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, node: Any) -> Any:
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        ctx.node = node if needs_weight else None
+        ctx.save_for_backward(x if needs_weight and node is None else None, weight if needs_x else None)
         out = product(x, weight, x.numel() // x.shape[-1])
         return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x, weight = ctx.saved_tensors
+        x = x if ctx.node is None else ctx.node.recompute(ctx.node)
         (grad,) = grad_outputs
         flat = grad.reshape(-1, grad.shape[-1])
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = product(flat, weight.T, len(flat)).view(*grad.shape[:-1], -1) if needs_x else None
         grad_weight = product(flat.T, x.reshape(-1, x.shape[-1]).T, len(flat)) if needs_weight else None
-        return grad_x, grad_weight, flat.sum(0) if needs_bias else None
+        return grad_x, grad_weight, flat.sum(0) if needs_bias else None, None
 
 
 def _linear(self: torch.nn.Linear, x: torch.Tensor) -> Any:
@@ -127,9 +132,12 @@ def _linear(self: torch.nn.Linear, x: torch.Tensor) -> Any:
         dtype = torch.get_autocast_dtype("cpu")
         if x.dtype == torch.float64 or not _multiplies_in_float32(rows, x.device, dtype):
             return functional.linear(x, weight, bias)
-        return _Linear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return _Linear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), None)
     in_float32 = x.dtype == weight.dtype and _multiplies_in_float32(rows, x.device, x.dtype)
-    return (_Linear.apply if in_float32 or _uses_onednn(rows, x, weight) else functional.linear)(x, weight, bias)
+    node = x.grad_fn if hasattr(x.grad_fn, "recompute") else None
+    if node is not None or in_float32 or _uses_onednn(rows, x, weight):
+        return _Linear.apply(x, weight, bias, node)
+    return functional.linear(x, weight, bias)
 
 
 def use_onednn(model: torch.nn.Module) -> None:

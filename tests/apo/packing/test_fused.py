@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from apo.packing.fused import restore_plain, use_fused
+from clair.inference.generation.onednn import use_onednn
 from tests.apo.packing.packing_models import FAMILIES, tiny
 
 KINDS = ("RMSNorm", "MLP")
@@ -22,10 +26,10 @@ def is_fused(module):
     return "forward" in vars(module)
 
 
-def run(module, x, grad):
+def run(module, x, grad, call=None):
     x = x.clone().requires_grad_()
     module.zero_grad()
-    out = module(x)
+    out = (call or module)(x)
     out.backward(grad)
     return [out.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
 
@@ -76,20 +80,76 @@ def test_other_types_and_modules_that_compute_something_else_stay_plain():
     assert not any(map(is_fused, others))
 
 
+def saved_by(call, *shape):
+    """How many tensors of a shape the backward pass of a call keeps, and the call's output."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call()
+    return sum(tensor.shape[-2:] == shape for tensor in kept.values()), out
+
+
+def fuse(module):
+    use_onednn(module)
+    use_fused(module)
+
+
 def test_a_fused_mlp_stores_its_two_projections_alone():
     mlp = tiny().model.layers[0].mlp
-    x, stored = torch.randn(1, 40, 32), []
-    for fuse in (False, True):
-        if fuse:
-            use_fused(mlp)
-        sizes = {}
+    x = torch.randn(1, 40, 32)
+    assert saved_by(lambda: mlp(x), 40, 48)[0] == 4
+    fuse(mlp)
+    assert saved_by(lambda: mlp(x), 40, 48)[0] == 2
 
-        def pack(tensor, sizes=sizes):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = mlp(x)
-        stored.append(sum(tensor.shape[-1] == 48 and tensor.shape[-2] == 40 for tensor in sizes.values()))
-        out.sum().backward()
-    assert stored == [4, 2]
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_linear_layers_after_a_fused_norm_do_not_store_their_input(adapter):
+    model = tiny()
+    if adapter:
+        targets = ["q_proj", "k_proj", "v_proj"]
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")).get_base_model()
+    layer = model.model.layers[0]
+    norm, attention = layer.input_layernorm, layer.self_attn
+    x = torch.randn(1, 40, 32, requires_grad=True)  # the row before it trains: only its norm's input is kept
+    for each in (attention.q_proj, attention.k_proj, attention.v_proj):
+        for name, parameter in each.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_()
+
+    def project():
+        hidden = norm(x)
+        return sum(each(hidden).sin().sum() for each in (attention.q_proj, attention.k_proj, attention.v_proj))
+
+    def gradients(loss):
+        trained = [parameter for parameter in attention.parameters() if parameter.requires_grad]
+        return torch.autograd.grad(loss, [x, norm.weight][: 1 + norm.weight.requires_grad] + trained, allow_unused=True)
+
+    plain, loss = saved_by(project, 40, 32)
+    expected = gradients(loss)
+    fuse(layer)
+    fused, loss = saved_by(project, 40, 32)
+    assert (plain - fused) in (1, 2)
+    for ours, theirs in zip(gradients(loss), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_activation_checkpointing_keeps_nothing_of_a_fused_mlp():
+    mlp = tiny().model.layers[0].mlp
+    x, grad = torch.randn(1, 64, 32), torch.randn(1, 64, 32)
+    expected = run(mlp, x, grad)
+    fuse(mlp)
+    projections = []
+    mlp.gate_proj.register_forward_hook(lambda *call: projections.append(StorageWeakRef(call[2].untyped_storage())))
+
+    def checkpointed(x):
+        out = checkpoint(mlp, x, use_reentrant=False)
+        assert all(projection.expired() for projection in projections)
+        return out
+
+    for ours, theirs in zip(run(mlp, x, grad, checkpointed), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    assert len(projections) == 2  # the second in the backward pass
