@@ -21,11 +21,13 @@ def folder_names(models: Sequence[str]) -> list[str]:
     paths = [Path(model).resolve() for model in models]
     if len(set(paths)) < len(paths):
         raise UserError("--model names the same folder twice; leave one out")
+    names: list[str] = []
     for length in range(1, 1 + max(len(path.parts) for path in paths)):
         names = ["-".join(path.parts[-length:]).strip("/") for path in paths]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"--model: {' and '.join(map(str, paths))} would share a folder of results; rename one")
+    alike = [str(path) for path, name in zip(paths, names, strict=True) if names.count(name) > 1]
+    raise UserError(f"--model: {' and '.join(alike)} would share a folder of results; rename one")
 
 
 def configs_by_model(config: Config, folders: Sequence[str]) -> list[Config]:

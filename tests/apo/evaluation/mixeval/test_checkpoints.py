@@ -60,7 +60,7 @@ def test_models_are_named_by_as_much_of_their_path_as_distinguishes_them():
     with pytest.raises(UserError, match="the same folder twice"):
         folder_names(["/m/a", "/m/../m/a"])
     with pytest.raises(UserError, match="/m/a/b-c and /m/a-b/c would share a folder of results"):
-        folder_names(["/m/a/b-c", "/m/a-b/c"])
+        folder_names(["/m/a/b-c", "/m/a-b/c", "/z/c"])
 
 
 def test_each_of_several_models_may_spend_its_part_and_endpoints_are_refused(data, tmp_path):
