@@ -68,10 +68,11 @@ def train(
     replaced = {"out": out, "reference": reference}
     overrides = [*(set_ or []), *(text_override(key, value) for key, value in replaced.items() if value)]
     config = load_recipe(TrainConfig, recipe, overrides)
-    quieten()
     if dry_run:
+        quieten()
         _print_plans(config, processes)
         return
+    quieten("apo.training.trainer")
     from apo.distributed.launch import is_main
     from apo.training.train import train as run
 

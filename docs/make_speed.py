@@ -16,8 +16,9 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
 MARK = "<!-- speed -->\n"
 ROWS = {
-    ("train_vs_trl_real_intel", "real model"): "SmolLM2-135M in full, IFEval prompts, 8 a batch; an Intel processor",
-    ("train_vs_trl_real", "real model"): "the same on an AMD processor, as all below",
+    ("train_vs_trl_real_amd", "real model"): "SmolLM2-135M in full, IFEval prompts, 8 a batch; AMD processor 1",
+    ("train_vs_trl_real_intel", "real model"): "the same on an Intel processor",
+    ("train_vs_trl_real", "real model"): "the same on AMD processor 2, as all below",
     ("train_vs_trl", "clair 4"): "CLAIR lengths, 4 a batch",
     ("train_vs_trl", "clair 8"): "CLAIR lengths, 8 a batch",
     ("train_vs_trl", "prompt 1200, responses 300"): "prompts of 1,200 tokens, answers of 300, 4 a batch",

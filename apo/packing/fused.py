@@ -94,7 +94,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def recompute(ctx: Any) -> torch.Tensor:
         """Return the output again, for the one layer that follows."""
-        return _gated(*_saved(ctx), ctx.tanh)
+        gate, up = _saved(ctx)
+        return _gated(gate, up, ctx.tanh)
 
     @staticmethod
     @once_differentiable

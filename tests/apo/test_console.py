@@ -1,9 +1,13 @@
-"""The progress that a run prints, in lines that fit a terminal."""
+"""The progress that a run prints, in lines that fit a terminal, and the start of a command."""
 
 from __future__ import annotations
 
+import gc
+import importlib
+
 import pytest
 
+from apo.console import quieten
 from apo.monitoring.callbacks import format_inspection, format_log
 from apo.training.config import TrainConfig
 from apo.training.train import train
@@ -51,3 +55,14 @@ def test_each_look_is_a_line_and_a_log_of_training_none():
         "probe: KL 0.0069 nats a token, chosen edited +0.146, shared +0.110",
     ]
     assert format_inspection(SPEED) == []
+
+
+def test_the_garbage_collector_is_off_while_libraries_are_imported_and_only_then(tmp_path, monkeypatch):
+    (tmp_path / "library_of_this_test.py").write_text("import gc\nwhile_imported = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    quieten("library_of_this_test")
+    assert gc.isenabled()
+    assert not importlib.import_module("library_of_this_test").while_imported
+    with pytest.raises(ImportError):
+        quieten("no_library_of_this_test")
+    assert gc.isenabled()

@@ -4,7 +4,8 @@ torch multiplies float32 matrices with MKL, which does not use the widest instru
 make; oneDNN, in the same torch, does. Inputs, type and precision are the same; only the order of summation differs.
 oneDNN compiles code for each new number of rows and keeps it, so packed rows are filled up to a multiple of `ROWS`, and
 oneDNN multiplies such multiples only; any number in inference mode, where a row is multiplied hundreds of times.
-A model that only generates has its weights in oneDNN's own order (`pack_weights`).
+A model that only generates has its weights in oneDNN's own order (`pack_weights`). Both uses are measured apart: for a
+few rows oneDNN is twice as fast on processors where large products are equal.
 
 A processor without instructions for bfloat16 multiplies it in float32 and rounds the result: torch's own products take
 5 to 25 times as long there.
@@ -36,16 +37,43 @@ def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
+def _reordered(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+
+
 @functools.cache
 def speeds() -> tuple[float, float]:
-    """FLOPs per second of torch's default product of 1024 x 1024 in float32 and of oneDNN's (0 without it).
-
-    The best of `REPEATS` measurements, by the processor time per thread if that is less than the elapsed time: the load
-    of other processes at this moment says nothing about a run of hours.
-    """
+    """FLOPs per second of torch's default product of 1024 x 1024 in float32 and of oneDNN's (0 without it)."""
     ones = torch.ones(1024, 1024)
-    products: tuple[Callable[[], Any], ...] = (lambda: ones @ ones.T, lambda: _onednn(ones, ones))
-    best = [float("inf"), float("inf")]
+    default, onednn = (
+        2 * 1024**3 / seconds for seconds in _best_times(lambda: ones @ ones.T, lambda: _onednn(ones, ones))
+    )
+    return default, onednn
+
+
+@functools.cache
+def is_faster_for_generation() -> bool:
+    """True if oneDNN multiplies a few rows faster than torch's default, the weight in its own order.
+
+    That is so also where `speeds` are equal: the default reads and orders the whole weight for each product.
+    """
+    weight, rows = torch.ones(1024, 1024), torch.ones(_TYPICAL_ROWS, 1024)
+    with torch.inference_mode():
+        try:
+            packed = _reordered(weight)
+        except (AttributeError, RuntimeError):  # a torch without oneDNN, or a processor it has no code for
+            return False
+        default, onednn = _best_times(lambda: rows @ weight.T, lambda: _onednn(rows, packed))
+    return onednn * _MIN_SPEEDUP <= default
+
+
+def _best_times(*products: Callable[[], Any]) -> list[float]:
+    """Seconds of each product, infinite if it cannot be made: the best of `REPEATS` measurements.
+
+    The processor time per thread counts if that is less than the elapsed time: the load of other processes at this
+    moment says nothing about a run of hours.
+    """
+    best = [float("inf")] * len(products)
     for _ in range(REPEATS):
         for index, multiply in enumerate(products):
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -55,8 +83,7 @@ def speeds() -> tuple[float, float]:
                 continue
             per_thread = (time.process_time() - cpu_start) / torch.get_num_threads()
             best[index] = min(best[index], time.perf_counter() - start, per_thread)
-    default, onednn = (2 * 1024**3 / seconds for seconds in best)
-    return default, onednn
+    return best
 
 
 def rows_multiple(device: torch.device) -> int:
@@ -69,8 +96,9 @@ def _uses_onednn(rows: int, *factors: torch.Tensor) -> bool:
     plain = all(factor.device.type == "cpu" and factor.dtype == torch.float32 for factor in factors)
     if torch.compiler.is_compiling():  # `torch_compile` cannot trace oneDNN's products, and generates its own
         return False
-    fits = rows % ROWS == 0 or torch.is_inference_mode_enabled()
-    return plain and fits and rows_multiple(factors[0].device) == ROWS
+    if plain and torch.is_inference_mode_enabled():
+        return is_faster_for_generation()
+    return plain and rows % ROWS == 0 and rows_multiple(factors[0].device) == ROWS
 
 
 @functools.cache
@@ -165,7 +193,7 @@ class PackedLinear(torch.nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         # An opaque tensor, neither parameter nor buffer: moving or saving the module is not supported.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _TYPICAL_ROWS)
+        self._packed = _reordered(linear.weight)
 
     @property
     def weight(self) -> torch.Tensor:

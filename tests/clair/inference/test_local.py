@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -109,18 +110,29 @@ def test_a_local_model_multiplies_with_onednn_where_it_is_the_faster(folder, mon
     request = {"messages": messages("what is one"), "max_tokens": 20, "temperature": 0}
     products, really = [], onednn.PackedLinear.forward
     monkeypatch.setattr(onednn.PackedLinear, "forward", lambda self, x: products.append(1) or really(self, x))
-    monkeypatch.setattr(onednn, "speeds", lambda: (1.0, 1.0))
+    monkeypatch.setattr(onednn, "is_faster_for_generation", lambda: False)
     expected = ask(folder, [request])
     assert not products
-    monkeypatch.setattr(onednn, "speeds", lambda: (1.0, 2.0))
+    monkeypatch.setattr(onednn, "is_faster_for_generation", lambda: True)
     assert ask(folder, [request]) == expected
     assert len(products) >= 20 * 7
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [((1.2, 1.0), True), ((1.19, 1.0), False), ((1.0, math.inf), False)])
+def test_a_product_of_a_few_rows_decides_for_generation_whatever_large_products_say(seconds, expected, monkeypatch):
+    monkeypatch.setattr(onednn, "speeds", lambda: (2.0, 1.0) if expected else (1.0, 2.0))
+    monkeypatch.setattr(onednn, "_reordered", lambda weight: weight)
+    monkeypatch.setattr(onednn, "_best_times", lambda *products: list(seconds))
+    assert onednn.is_faster_for_generation.__wrapped__() == expected
+    with torch.inference_mode():
+        monkeypatch.setattr(onednn, "is_faster_for_generation", lambda: expected)
+        assert onednn._uses_onednn(7, torch.ones(7, 3)) == expected
 
 
 def test_packed_weights_multiply_a_row_alike_in_any_batch_and_a_tied_head_stays_as_it_is(folder, monkeypatch):
     if onednn.speeds()[1] == 0:
         pytest.skip("this torch has no oneDNN for this processor")
-    monkeypatch.setattr(onednn, "speeds", lambda: (1.0, 2.0))
+    monkeypatch.setattr(onednn, "is_faster_for_generation", lambda: True)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.lm_head.weight = model.model.embed_tokens.weight
     plain = {name: weight.clone() for name, weight in model.named_parameters()}
