@@ -114,19 +114,18 @@ def test_linear_layers_after_a_fused_norm_do_not_store_their_input(adapter):
         model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")).get_base_model()
     layer = model.model.layers[0]
     norm, attention = layer.input_layernorm, layer.self_attn
-    x = torch.randn(1, 40, 32, requires_grad=True)  # the row before it trains: only its norm's input is kept
-    for each in (attention.q_proj, attention.k_proj, attention.v_proj):
-        for name, parameter in each.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_()
+    projections = torch.nn.ModuleList([attention.q_proj, attention.k_proj, attention.v_proj])
+    x = torch.randn(1, 40, 32, requires_grad=True)  # as in every layer but the first
+    trained = [p for p in (norm.weight, *projections.parameters()) if p.requires_grad]
+    for parameter in trained:
+        parameter.data += 0.1 * torch.randn(parameter.shape)  # an adapter's B is 0, and its A then without gradient
 
     def project():
         hidden = norm(x)
-        return sum(each(hidden).sin().sum() for each in (attention.q_proj, attention.k_proj, attention.v_proj))
+        return sum(projection(hidden).sin().sum() for projection in projections)
 
     def gradients(loss):
-        trained = [parameter for parameter in attention.parameters() if parameter.requires_grad]
-        return torch.autograd.grad(loss, [x, norm.weight][: 1 + norm.weight.requires_grad] + trained, allow_unused=True)
+        return torch.autograd.grad(loss, [x, *trained])
 
     use_fused(layer)
     plain, loss = saved_by(project, 40, 32)

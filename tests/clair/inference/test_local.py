@@ -121,7 +121,6 @@ def test_a_local_model_multiplies_with_onednn_where_it_is_the_faster(folder, mon
 @pytest.mark.parametrize(("seconds", "expected"), [((1.2, 1.0), True), ((1.19, 1.0), False), ((1.0, math.inf), False)])
 def test_a_product_of_a_few_rows_decides_for_generation_whatever_large_products_say(seconds, expected, monkeypatch):
     monkeypatch.setattr(onednn, "speeds", lambda: (2.0, 1.0) if expected else (1.0, 2.0))
-    monkeypatch.setattr(onednn, "_reordered", lambda weight: weight)
     monkeypatch.setattr(onednn, "_best_times", lambda *products: list(seconds))
     assert onednn.is_faster_for_generation.__wrapped__() == expected
     with torch.inference_mode():
