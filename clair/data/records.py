@@ -32,6 +32,13 @@ def replace_surrogates(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def fold_case(text: str) -> str:
+    """`text` in lower case, each character by itself, as `re.IGNORECASE` compares it; the length stays the same."""
+    if text.isascii():
+        return text.lower()
+    return text.replace("\u0130", "i").lower().replace("\u0131", "i").replace("\u017f", "s")
+
+
 def message_text(message: Mapping[str, Any]) -> str:
     """The text of a turn: its content, then its tool calls as JSON."""
     content, calls = message.get("content") or "", message.get("tool_calls")

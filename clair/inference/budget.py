@@ -101,8 +101,8 @@ def max_billed_tokens(request: Mapping[str, Any]) -> Tokens:
     """An upper bound of the tokens billed for a request, without a tokenizer: a token is at least one UTF-8 byte."""
     messages = request["messages"]
     text = sum(len(str(m["content"] or "").encode("utf-8", "replace")) for m in messages)
-    extras = [{key: value for key, value in m.items() if key not in ("role", "content")} for m in messages]
-    text += sum(len(canonical_json(extra)) for extra in extras if extra)
+    extras = [{key: m[key] for key in m.keys() - {"role", "content"}} for m in messages if len(m) > 2]
+    text += sum(map(len, map(canonical_json, extras)))
     tools = sum(len(canonical_json(request[key])) for key in ("tools", "response_format") if key in request)
     max_tokens = request.get("max_completion_tokens") or request.get("max_tokens") or 0
     return Tokens(text + tools + _TOKENS_PER_MESSAGE * (len(messages) + 1), int(max_tokens))

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from clair.core.errors import UserError, check_name, near_miss
-from clair.data.records import Pair, message_text
+from clair.data.records import Pair, fold_case, message_text
 from clair.prompting.parse import is_refusal
 
 Filters = Sequence[tuple[str, Callable[[Pair], str | None]]]
@@ -50,6 +50,10 @@ _ALLUSION = re.compile(
     r"|\bhere(?:'s| is| are) (?:the|a|an|my) (?:correction|revision)\b",
     re.IGNORECASE,
 )
+_ALLUSION_WORDS = (
+    "corrected", "revised", "amended", "rectified", "improved ", "enhanced ", "updated ", "rewritten ", "student",
+    "original ", "previous ", " correction", " revision",
+)  # fmt: skip
 _ASKS_FOR_CORRECTION = re.compile(
     r"\b(?:correct|fix|revise|edit|proofread|rewrite|amend|improve|rephrase|debug)\s+"
     r"(?:the|this|that|my|these|those|any|all|it|following|errors?|mistakes?|grammar|spelling)\b"
@@ -60,7 +64,7 @@ _ASKS_FOR_CORRECTION = re.compile(
 
 def allusion(pair: Pair) -> str | None:
     """The chosen answer mentions the correction ("in this corrected solution ..."), and the task requested none."""
-    match = _ALLUSION.search(pair.chosen)
+    match = _search(_ALLUSION, _ALLUSION_WORDS, pair.chosen)
     if (
         not match
         or _ALLUSION.search(pair.rejected)
@@ -76,22 +80,37 @@ _COMMENT = re.compile(
     r"|\bno (?:changes|corrections) (?:are|were) (?:needed|made)\b",
     re.IGNORECASE,
 )
+_COMMENT_WORDS = (
+    " asks", " asked", " requires", " is asking", " wants", " instructs", "minimal ", "necessary ", "no changes ",
+    "no corrections ",
+)  # fmt: skip
 
 
 def comment(pair: Pair) -> str | None:
     """The chosen answer talks about the task or the editing, and the rejected one does not."""
-    match = _COMMENT.search(pair.chosen)
+    match = _search(_COMMENT, _COMMENT_WORDS, pair.chosen)
     return match.group() if match and not _COMMENT.search(pair.rejected) else None
+
+
+def _search(pattern: re.Pattern[str], words: Sequence[str], text: str) -> re.Match[str] | None:
+    """The first match of a pattern, each alternative of which holds one of the words; most texts hold none."""
+    folded = fold_case(text)
+    return pattern.search(text) if any(word in folded for word in words) else None
 
 
 def fence(pair: Pair) -> str | None:
     """The chosen answer lost the code fences of the rejected one, or leaves one open."""
     rejected_fences, chosen_fences = (
-        len(re.findall(r"^[ \t]*(?:```|~~~)", text, re.MULTILINE)) for text in (pair.rejected, pair.chosen)
+        _count_fences("```", text) + _count_fences("~~~", text) for text in (pair.rejected, pair.chosen)
     )
     if rejected_fences >= 2 and chosen_fences == 0:
         return "the code fences of the rejected answer are gone"
     return "a code fence is left open" if chosen_fences % 2 and not rejected_fences % 2 else None
+
+
+def _count_fences(mark: str, text: str) -> int:
+    """The number of lines that begin with the mark of a fence."""
+    return len(re.findall(rf"^[ \t]*{mark}", text, re.MULTILINE)) if mark in text else 0
 
 
 def language(pair: Pair) -> str | None:
@@ -106,7 +125,7 @@ def cut_off(pair: Pair) -> str | None:
     The chosen answer would merely complete it. This is for answers that came with the prompts; the target's answers
     that reach max_tokens are dropped before.
     """
-    if len(re.findall(r"^[ \t]*```", pair.rejected, re.MULTILINE)) % 2:
+    if _count_fences("```", pair.rejected) % 2:
         return "the rejected answer leaves a code fence open"
     last = pair.rejected.rstrip().rpartition("\n")[2]
     inside = len(last) > 60 and len(pair.rejected) > 400 and re.search(r"(?:^|\s)[a-z,]+$", last)
@@ -137,6 +156,7 @@ def gap(pair: Pair, above: float = 0.0) -> str | None:
 
 
 _SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese mixes all three in any proportion
+_MAIN_SHARE = 0.6
 
 
 def _script(text: str) -> str | None:
@@ -146,9 +166,11 @@ def _script(text: str) -> str | None:
     letters = [c for c in text[:4000] if c.isalpha()]
     if len(letters) < 20:
         return None
+    if sum(map(str.isascii, letters)) > _MAIN_SHARE * len(letters):
+        return "LATIN"
     names = Counter(_SAME_SCRIPT.get(name, name) for name in (unicodedata.name(c, "?").split()[0] for c in letters))
     script, count = names.most_common(1)[0]
-    return script if count > 0.6 * len(letters) else None
+    return script if count > _MAIN_SHARE * len(letters) else None
 
 
 _FILTERS = (empty, identical, refusal, allusion, comment, fence, language, cut_off, length, kept, gap)

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from clair.data.records import fold_case
 
 
 class Label(NamedTuple):
@@ -35,6 +38,8 @@ _KINDS = {
     "score": rf"(?:student(?:'?s)?{_SEP})?{_ANSWER}{_SEP}(?:score|rating)",
     "edits": rf"(?:(?:minimal|teacher){_SEP}edits|(?<=\{{)edits(?=\}}))",
 }
+_KEYWORDS = {"reasoning": "teacher", "solution": "cor", "worsened": "worsen", "verdict": "stud", "edits": "edits"}
+"""Letters that each label of a kind holds; only lines with them are compared with its pattern."""
 IDENTIFIERS = {
     "solution": "{corrected_student_solution}",
     "verdict": "{best_student_solution}",
@@ -72,10 +77,8 @@ _LOOSE = {
     )
     for kind, pattern in _KINDS.items()
 }
-MENTION = re.compile(
-    r"corrected_student_solution|best_student_solution|student_solution_score|minimal_edits|teacher_reasoning",
-    re.IGNORECASE,
-)
+_NAMES = (*(identifier.strip("{}") for identifier in IDENTIFIERS.values()), "teacher_reasoning")
+_MENTION = re.compile("|".join(_NAMES), re.IGNORECASE)
 # A line that leads into the identifier below it: "I give the result under\n{corrected_student_solution}\nbelow."
 _LEAD_IN = re.compile(
     r"\b(?:under|in|at|as|the|with|is|by|of|for|to|after|before|and|or|identifier|label|heading|called|named)"
@@ -119,7 +122,7 @@ def occurs_again(kind: str, body: str, label: Label, fences: list[tuple[int, int
     A label that lacks "student" is more likely text: then an occurrence inside a code fence counts too.
     """
     weak = _lacks_student(body, label)
-    for match in _LOOSE[kind].finditer(body):
+    for match in _match_lines(_LOOSE[kind], _KEYWORDS.get(kind, ""), body):
         start = match.end() - len(match[0].lstrip())
         if not label.start <= start < label.end and (weak or not is_inside(match.start(), fences)):
             return not _LEAD_IN.search(body, max(0, match.start() - 40), match.start())
@@ -132,28 +135,50 @@ def find_labels(kind: str, body: str) -> tuple[list[Label], list[Label]]:
     labels = sorted((label for k in kinds for label in _labels(k, body)), key=lambda label: label.start)
     return labels, [
         Label("reasoning" if m[1].lower() == "teacher_reasoning" else kind, m.start(1) - 1, m.end())
-        for m in _BARE.finditer(body)
+        for m in _match_lines(_BARE, "{", body)
         if m[1].lower() in ("teacher_reasoning", IDENTIFIERS[kind].strip("{}"))
+        and (m.start() == 0 or body[: m.start() - 1].rstrip(" \t").endswith("\n"))
     ]
 
 
 def _labels(kind: str, body: str) -> list[Label]:
-    labels = (Label(kind, match.start(), match.end()) for match in _LABELS[kind].finditer(body))
+    matches = _match_lines(_LABELS[kind], _KEYWORDS.get(kind, ""), body)
+    labels = (Label(kind, match.start(), match.end()) for match in matches)
     return [label for label in labels if not _LEAD_IN.search(body, max(0, label.start - 40), label.start)]
+
+
+def _match_lines(pattern: re.Pattern[str], keyword: str, text: str) -> Iterator[re.Match[str]]:
+    """The matches of a pattern for the start of a line, in lines that hold the keyword.
+
+    The same as `pattern.finditer(text)`, which tries each character, where no match ends behind its line.
+    """
+    folded = fold_case(text)
+    position = folded.find(keyword)
+    while position >= 0:
+        if match := pattern.match(text, text.rfind("\n", 0, position) + 1):
+            yield match
+        end = text.find("\n", position)
+        position = folded.find(keyword, end + 1) if end >= 0 else -1
 
 
 # A bare label: in braces at the start of a paragraph, with text straight after it.
 _BARE = re.compile(
-    r"(?:\A|\n[ \t]*\n)[ \t]*\{"
+    r"^[ \t]*\{"
     r"(teacher_reasoning|corrected_student_solution|best_student_solution|student_solution_score)\}"
     r"[ \t]+(?=[^\s:：])",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
+
+
+def mentions_identifier(text: str) -> bool:
+    """True if a text names an identifier, with braces or without."""
+    folded = fold_case(text)
+    return any(name in folded for name in _NAMES)
 
 
 def all_bare(kind: str, body: str, bare: list[Label]) -> bool:
     """True if both identifiers are bare labels, in order, and are named nowhere else in the reply."""
-    return [label.kind for label in bare] == ["reasoning", kind] and len(MENTION.findall(body)) == 2
+    return [label.kind for label in bare] == ["reasoning", kind] and len(_MENTION.findall(body)) == 2
 
 
 # The topics of identifiers. Other words in braces are placeholders of the text: `{first_name}:`.

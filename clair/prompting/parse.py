@@ -15,13 +15,13 @@ from clair.prompting.labels import (
     FENCE,
     IDENTIFIERS,
     LABEL_CANDIDATE,
-    MENTION,
     Label,
     all_bare,
     blank_labels,
     fenced_spans,
     find_labels,
     is_inside,
+    mentions_identifier,
     merge_labels,
     occurs_again,
     resembles_label,
@@ -122,24 +122,30 @@ def check_no_template_words(kind: str, section: str, answer: str, template: str)
 
     Those that are in the revised answer too are allowed.
     """
-    section_words, answer_words = _normalize_words(section), _normalize_words(answer)
     phrases, tags = _template_words(template)
+    lower = section.lower()
+    possible = [phrase for phrase, words in phrases.items() if all(word in lower for word in words)]
+    section_words, answer_words = (_normalize_words(text) if possible else "" for text in (section, answer))
     if (
         (_PLACEHOLDER.fullmatch(section) and section not in answer)
         or any(tag in section and tag not in answer for tag in tags)
-        or any(f" {phrase} " in f" {section_words} " and phrase not in answer_words for phrase in phrases)
+        or any(f" {phrase} " in f" {section_words} " and phrase not in answer_words for phrase in possible)
     ):
         raise ParseFailure("template_words", IDENTIFIERS[kind])
 
 
 @lru_cache(maxsize=16)
-def _template_words(template: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The phrases of a template (its sentences of five words and more, its examples of edits), and its tags."""
+def _template_words(template: str) -> tuple[dict[str, list[str]], frozenset[str]]:
+    """The phrases of a template (its sentences of five words and more, its examples of edits), and its tags.
+
+    Each phrase comes with its words, the longest first: no text that lacks one of them holds the phrase.
+    """
     sentences = re.split(r"(?<=[.:!?])\s+|\n|\{\{.*?\}\}", template)
     examples = [line for example in _EXAMPLE.findall(template) for line in example]
     phrases = {phrase for phrase in map(_normalize_words, sentences) if phrase.count(" ") >= 4}
     phrases |= {phrase for phrase in map(_normalize_words, examples) if phrase}
-    return frozenset(phrases), frozenset(re.findall(r"^</?\w+>$", template, re.MULTILINE))
+    by_phrase = {phrase: sorted(phrase.split(), key=len, reverse=True) for phrase in phrases}
+    return by_phrase, frozenset(re.findall(r"^</?\w+>$", template, re.MULTILINE))
 
 
 _PLACEHOLDER = re.compile(
@@ -218,7 +224,8 @@ def split_reply(kind: str, text: str, finish_reason: str | None, answer: str = "
         raise ParseFailure("empty_answer", identifier)
     if _closes_earlier_bracket(body[: label.end], section, answer):
         raise ParseFailure("unopened", identifier)
-    if MENTION.search(section) or any(resembles_label(match, answer) for match in LABEL_CANDIDATE.finditer(section)):
+    candidates = LABEL_CANDIDATE.finditer(section)
+    if mentions_identifier(section) or any(resembles_label(match, answer) for match in candidates):
         raise ParseFailure("label_in_answer", identifier)
     reasoning = next((later for later in outside if later.kind == "reasoning"), None)
     return body[reasoning.end if reasoning else 0 : label.start].strip(), section

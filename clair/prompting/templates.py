@@ -23,7 +23,9 @@ def _template(source: str):
     environment = ImmutableSandboxedEnvironment(
         autoescape=False, keep_trailing_newline=False, undefined=StrictUndefined
     )
-    return environment.from_string(source)
+    template = environment.from_string(source)
+    template.globals = dict(template.globals)  # Jinja copies its chain of dictionaries slowly for each text
+    return template
 
 
 def load_template(path: str | None, built_in: str, needs: tuple[str, ...]) -> str:

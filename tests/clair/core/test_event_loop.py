@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import os
 import signal
 import threading
@@ -82,3 +83,20 @@ def test_an_interrupt_without_a_handler_ends_the_coroutine():
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(inside_a_loop(waits()))
     assert closed == ["closed"]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["without a loop", "inside a loop"])
+@pytest.mark.parametrize(("setting", "expected"), [(700, 20_000), (10**6, 10**6), (0, 0)])
+def test_garbage_is_searched_for_rarely_while_a_coroutine_runs_and_as_before_after_it(inside, setting, expected):
+    async def threshold() -> int:
+        return gc.get_threshold()[0]
+
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(setting, 9, 8)
+        assert (asyncio.run(inside_a_loop(threshold())) if inside else run_async(threshold())) == expected
+        with pytest.raises(ValueError, match="three of four"):
+            run_async(fail())
+        assert gc.get_threshold() == (setting, 9, 8)
+    finally:
+        gc.set_threshold(*before)

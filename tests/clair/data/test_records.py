@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import string
 import subprocess
 import sys
 
 import pytest
 
-from clair.data.records import Dropped, Pair, Prompt, content_id
+from clair.data.records import Dropped, Pair, Prompt, content_id, fold_case
 
 USER = ({"role": "user", "content": "Say é"},)
 
@@ -86,3 +88,12 @@ def test_a_pair_becomes_a_row_of_message_lists():
 def test_a_drop_has_stage_reason_and_a_bounded_detail():
     row = Dropped("reviser", "no_label", "x" * 501, failed=False).row("p")
     assert row == {"id": "p", "stage": "reviser", "reason": "no_label", "detail": "x" * 499 + "…", "failed": False}
+
+
+def test_folded_characters_are_equal_where_a_pattern_that_ignores_case_finds_them_equal():
+    characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    assert all(len(fold_case(character)) == 1 for character in characters)
+    text = "".join(characters)
+    for letter in string.ascii_lowercase:
+        matches = [match.start() for match in re.finditer(letter, text, re.IGNORECASE)]
+        assert matches == [match.start() for match in re.finditer(letter, fold_case(text))]

@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clair.core.errors import UserError
 from clair.data.contrast import contrast_of
 from clair.data.records import Pair
-from clair.pipeline.filters import FILTERS, OFF, first_drop_reason, make_filters
+from clair.pipeline.filters import (
+    _ALLUSION,
+    _ALLUSION_WORDS,
+    _COMMENT,
+    _COMMENT_WORDS,
+    FILTERS,
+    OFF,
+    _search,
+    first_drop_reason,
+    make_filters,
+)
 from clair.prompting.parse import parse_revision
 
 CODE = "Here:\n```python\nx = 1\n```\ndone"
@@ -94,6 +106,14 @@ def test_no_filter_that_is_on_drops_another_recorded_pair(shared):
 )
 def test_a_filter_drops_what_it_says_and_nothing_else(name, chosen, rejected, dropped):
     assert drops(name, pair(chosen, rejected)) is dropped
+
+
+@pytest.mark.parametrize(("pattern", "words"), [(_ALLUSION, _ALLUSION_WORDS), (_COMMENT, _COMMENT_WORDS)])
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_text_that_a_pattern_matches_is_left_out_for_its_words(pattern, words, data):
+    text = data.draw(st.from_regex(pattern))
+    assert _search(pattern, words, text).span() == pattern.search(text).span()
 
 
 @pytest.mark.parametrize(

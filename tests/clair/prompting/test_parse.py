@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clair.data.records import Revision
+from clair.prompting.labels import _KEYWORDS, _LABELS, _LOOSE, _match_lines
 from clair.prompting.parse import FAILURES, ParseFailure, is_refusal, parse_judgement, parse_revision
 from tests.clair.replies import (
     ANSWERS,
@@ -49,6 +50,17 @@ def test_all_recorded_replies_parse_to_the_true_text(shared):
 
 
 # ---- generated replies
+
+
+@pytest.mark.parametrize("kind", _LABELS)
+@pytest.mark.parametrize("patterns", [_LABELS, _LOOSE], ids=["labels", "loose"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_lines_with_the_keyword_hold_all_matches_of_a_label(kind, patterns, data):
+    texts = st.one_of(st.from_regex(patterns[kind]), st.sampled_from(["\n", "\n\n", " ", "a", "{", "teacher", "İ"]))
+    text = "".join(data.draw(st.lists(texts, max_size=6)))
+    matches = [match.span() for match in _match_lines(patterns[kind], _KEYWORDS.get(kind, ""), text)]
+    assert matches == [match.span() for match in patterns[kind].finditer(text)]
 
 
 def test_at_least_99_of_100_well_formed_replies_are_read_and_none_wrongly():
