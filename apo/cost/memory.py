@@ -30,13 +30,14 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 TRL_TILE, TRL_SLOPE = (4096, 32_768), 29
 """Positions and vocabulary of a tile of TRL 1.16's head, and the bytes of a logit's gradient on a CPU: seven
 float32 numbers and a flag."""
-HOLES, CHECKPOINTING_HOLES, QUANTIZED_HOLES = 0.4, 0.3, 0.75
+HOLES, FEWER_HOLES = 0.45, 0.3
 """MEASURED, not derived: what glibc's allocator wastes on a CPU under `apo.heap.TUNABLES`, in activations of all layers
-without checkpointing.
+without checkpointing; the second with checkpointing or in 4 bits. Also without these settings in TRL's padded batch,
+whose buffers are so large that they go back to the system.
 """
-PLAIN_HOLES, PLAIN_CHECKPOINTING_HOLES, PLAIN_ADAPTER_HOLES, MKL_ADAPTER_HOLES = 0.6, 1.0, 1.3, 1.6
-"""The same without these settings, where equal runs differ by a fifth (docs/log). The last two are for an adapter in
-float32, the last if MKL makes the products, because oneDNN is no faster here.
+PLAIN_HOLES, PLAIN_CHECKPOINTING_HOLES, PLAIN_ADAPTER_HOLES, MKL_FACTOR = 0.75, 0.7, 1.25, 1.4
+"""The same in packed rows without these settings, the third for an adapter in float32. The factor is for float32 if MKL
+makes the products, because oneDNN is no faster here. Equal runs differ by a fifth (docs/log).
 """
 
 
@@ -240,15 +241,13 @@ def _layer_bytes(job: Job, row: PassCost) -> float:
 
 
 def _hole_bytes(job: Job, row: PassCost) -> float:
-    if reuses_memory():
-        holes = QUANTIZED_HOLES if job.quantized else CHECKPOINTING_HOLES if job.checkpointing else HOLES
-    elif job.checkpointing:
-        holes = PLAIN_CHECKPOINTING_HOLES
-    elif job.is_adapter and job.compute == 4:
-        uses_mkl = not job.quantized and rows_multiple(torch.device("cpu")) == 1
-        holes = MKL_ADAPTER_HOLES if uses_mkl else PLAIN_ADAPTER_HOLES
+    in_float32 = job.compute == 4
+    if reuses_memory() or not job.packed:
+        holes = FEWER_HOLES if job.quantized or job.checkpointing else HOLES
     else:
-        holes = PLAIN_HOLES
+        holes = PLAIN_ADAPTER_HOLES if job.is_adapter and in_float32 else PLAIN_HOLES
+        holes = PLAIN_CHECKPOINTING_HOLES if job.checkpointing else holes
+        holes *= MKL_FACTOR if in_float32 and rows_multiple(torch.device("cpu")) == 1 else 1
     return holes * job.sizes.layers * _layer_bytes(job, row)
 
 

@@ -21,8 +21,8 @@ PER_ANSWER = {"float32": 1e-3, "half": 0.3}
 Rounding also differs if the reference's log-probs are from the cache, computed in other batches."""
 
 
-def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float]:
-    """Check one batch as the trainer prepares it. Returns the mean rewards of its two shortest rows, 0 up to rounding.
+def check_before_training(trainer: APOTrainer, rows: int = 64) -> dict[str, float]:
+    """Check rows as the trainer prepares them. Returns the mean rewards of the two shortest, 0 up to rounding.
 
     Two rows show whether the reference is another model; more would only delay the first step. Raises UserError if the
     end of a response is not trained, or if the policy is not its own reference.
