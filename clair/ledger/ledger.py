@@ -21,10 +21,10 @@ import asyncio
 import json
 import os
 import queue
-import shlex
 import sqlite3
 import threading
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clair.core.errors import UserError
 from clair.core.files import content_hash
-from clair.ledger.recovery import count_readable
+from clair.ledger.grouped import Settlement, insert_new, settle_all
+from clair.ledger.recovery import damage_message, error_message
 from clair.ledger.run_locks import acquire_lock, count_live_runs, is_locked, lock_path
 from clair.ledger.schema import (
     BUSY_TIMEOUT,
@@ -59,7 +60,6 @@ _SECONDS = (
     "SELECT seconds FROM calls WHERE key IN (SELECT value FROM json_each(?)) AND state = 'done' AND seconds IS NOT NULL"
 )
 _MAX_WRITES_PER_COMMIT = 1000
-_CANNOT_WRITE = ("disk is full", "disk I/O error", "readonly database")
 
 
 class LedgerError(UserError):
@@ -132,7 +132,7 @@ class Ledger(AbstractContextManager["Ledger"]):
                     self._release()
                     raise
         except (OSError, sqlite3.Error) as error:
-            raise LedgerError(_error_message(self.path, error)) from error
+            raise LedgerError(error_message(self.path, error)) from error
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._broken: LedgerError | None = None
         self._thread = threading.Thread(target=self._write_loop, name="ledger", daemon=True)
@@ -185,13 +185,13 @@ class Ledger(AbstractContextManager["Ledger"]):
         try:
             return self._reader.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            self._broken = LedgerError(_error_message(self.path, error))
+            self._broken = LedgerError(error_message(self.path, error))
             raise self._broken from error
 
     def verify(self, key: str, reply: str, digest: str, batch: str | None) -> StoredReply:
         """The reply, if it equals what was written. Raises LedgerError if it does not."""
         if reply_digest(key, reply) != digest:
-            self._broken = LedgerError(_damage_message(self.path, f"the reply to {key[:12]} is not what was written"))
+            self._broken = LedgerError(damage_message(self.path, f"the reply to {key[:12]} is not what was written"))
             raise self._broken
         return StoredReply(reply, batch is not None)
 
@@ -199,18 +199,11 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     async def claim(self, key: str, claim: Claim) -> StoredReply | ClaimResult:
         """Claim a request for this run, unless it is answered, in a batch, or claimed by another live run."""
-        return await self.write(lambda connection: self.claim_within(connection, key, claim))
+        return await self._write(self._claim_all, (key, claim))
 
     async def settle(self, key: str, raw: str, usage: Tokens, max_tokens: Tokens, seconds: float) -> None:
         """Write a reply and its usage, which replaces the `max_tokens` on the bill. On disk when this returns."""
-        await self.write(
-            lambda connection: connection.execute(
-                "UPDATE calls SET state = 'done', reply = ?, digest = ?, seconds = ?, error = NULL, prompt_tokens = ?, "
-                "completion_tokens = ?, open_prompt = open_prompt - ?, open_completion = open_completion - ? "
-                "WHERE key = ?",
-                (raw, reply_digest(key, raw), seconds, *usage, *max_tokens, key),
-            )
-        )
+        await self._write(settle_all, Settlement(key, raw, seconds, *usage, *max_tokens))
 
     async def reopen(self, key: str, max_tokens: Tokens) -> None:
         """Record another attempt at a request whose last one may have been billed: the maximum of both is billed."""
@@ -237,11 +230,29 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     async def write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
         """Run `work` in a transaction of the writing thread. Returns its result once it is on disk."""
+        return await self._write(_call_each, work)
+
+    async def _write(self, work: _Work, item: Any) -> Any:
+        """Have an item written by `work` with all others of its transaction. Returns its result once it is on disk."""
         if self._broken:
             raise self._broken
         future = asyncio.get_running_loop().create_future()
-        self._queue.put(_Write(work, future))
+        self._queue.put(_Write(work, item, future))
         return await future  # cancelling the caller cancels this future, never the write: a paid reply is on disk
+
+    def _claim_all(
+        self, connection: sqlite3.Connection, claims: list[tuple[str, Claim]]
+    ) -> list[StoredReply | ClaimResult]:
+        """Claim requests together; one that the ledger knows, or that comes twice, by `claim_within`."""
+        rows = {
+            key: (key, claim.role, claim.model, claim.prompt_id, self.run, claim.account, *claim.max_tokens)
+            for key, claim in claims
+        }
+        known, results = insert_new(connection, [*rows.values()]), []
+        for key, claim in claims:
+            results.append(self.claim_within(connection, key, claim) if key in known else ClaimResult.GRANTED)
+            known.add(key)
+        return results
 
     def claim_within(
         self, connection: sqlite3.Connection, key: str, claim: Claim, batch: str | None = None
@@ -307,21 +318,34 @@ class Ledger(AbstractContextManager["Ledger"]):
         try:
             with connection:  # commits, or rolls back after an error
                 connection.execute("BEGIN IMMEDIATE")
-                results = [(write, write.work(connection)) for write in batch]
+                results = self._work_off(connection, batch)
             if self._replica:
                 self._replica.send(connection)
         except StorageError as error:  # the local ledger has these writes, and will have those in flight
             return [(write, LedgerError(str(error))) for write in batch]
         except Exception as error:  # any error has to reach the coroutines that wait
-            self._broken = error if isinstance(error, LedgerError) else LedgerError(_error_message(self.path, error))
+            self._broken = error if isinstance(error, LedgerError) else LedgerError(error_message(self.path, error))
             return [(write, self._broken) for write in batch]
+        return results
+
+    def _work_off(self, connection: sqlite3.Connection, batch: list[_Write]) -> list[tuple[_Write, Any]]:
+        """The results of the writes of a transaction, equal kinds together.
+
+        Claims come last: what was written about the same request before, by a caller that was cancelled, is then there.
+        """
+        kinds: defaultdict[_Work, list[_Write]] = defaultdict(list)
+        for write in batch:
+            kinds[write.work].append(write)
+        results: list[tuple[_Write, Any]] = []
+        for work in sorted(kinds, key=lambda work: work == self._claim_all):
+            results += zip(kinds[work], work(connection, [write.item for write in kinds[work]]), strict=True)
         return results
 
     # ---- opening
 
     def _connect(self) -> sqlite3.Connection:
         if lost_content(self.path):
-            raise LedgerError(_damage_message(self.path, "the file is empty"))
+            raise LedgerError(damage_message(self.path, "the file is empty"))
         connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         enable_write_ahead_log(connection)
         connection.execute("PRAGMA synchronous = FULL")
@@ -333,11 +357,20 @@ class Ledger(AbstractContextManager["Ledger"]):
         return connection
 
 
+_Work = Callable[[sqlite3.Connection, list[Any]], list[Any]]
+"""Writes items and returns a result for each."""
+
+
 @dataclass(slots=True)
 class _Write:
-    work: Callable[[sqlite3.Connection], Any]
+    work: _Work
+    item: Any
     future: asyncio.Future[Any]
     """Its result, in the event loop that waits for it."""
+
+
+def _call_each(connection: sqlite3.Connection, items: list[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
+    return [item(connection) for item in items]
 
 
 def _resolve(results: list[tuple[_Write, Any]]) -> None:
@@ -358,28 +391,3 @@ def _resolve(results: list[tuple[_Write, Any]]) -> None:
     for loop in {write.future.get_loop() for write, _ in results}:
         with suppress(RuntimeError):  # the loop is closed, and nobody waits
             loop.call_soon_threadsafe(set_results, [item for item in results if item[0].future.get_loop() is loop])
-
-
-def _error_message(path: Path, error: Exception) -> str:
-    message = str(error)
-    if any(reason in message for reason in _CANNOT_WRITE):
-        remedy = "make room or give permission, then run the same command again"
-        return f"ledger {path} cannot be written ({message}): {remedy}"
-    if isinstance(error, sqlite3.Error) and message.startswith("Could not decode"):  # the rest is the text itself
-        return _damage_message(path, "a text in it is not UTF-8")
-    if isinstance(error, sqlite3.DatabaseError) and ("malformed" in message or "not a database" in message):
-        return _damage_message(path, message)
-    return f"ledger {path}: {message}"
-
-
-def _damage_message(path: Path, damage: str) -> str:
-    count = count_readable(path)
-    if not count:
-        return (
-            f"ledger {path} is damaged ({damage}) and no reply can be read in it; replace it with a copy, or move it "
-            f"away to send every request again"
-        )
-    return (
-        f"ledger {path} is damaged ({damage}): {count} paid replies can be read in it; `clair salvage "
-        f"{shlex.quote(str(path))}` puts them into a fresh ledger and keeps the damaged file"
-    )

@@ -10,6 +10,7 @@ Format: https://www.sqlite.org/fileformat2.html, sections 1.3 to 1.6, 2.1 and 4.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sqlite3
 import struct
@@ -31,6 +32,7 @@ _INNER, _LEAF = 2, 10  # page types of an index B-tree, whose inner pages hold r
 _LOG_HEADER, _FRAME_HEADER = 32, 24
 _INTEGERS = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}
 _COUNTS = ("attempts", "prompt_tokens", "completion_tokens", "open_prompt", "open_completion")
+_CANNOT_WRITE = ("disk is full", "disk I/O error", "readonly database")
 _UNREADABLE = (ValueError, IndexError, struct.error)
 
 
@@ -288,3 +290,30 @@ class _Pages(AbstractContextManager["_Pages"]):
             salt = salt or frame[8:16]
             if frame[8:16] == salt:
                 self._newest[int.from_bytes(frame[:4])] = self._frames[-1]
+
+
+def error_message(path: Path, error: Exception) -> str:
+    """The line for an error of SQLite: the ledger, the problem, and what helps."""
+    message = str(error)
+    if any(reason in message for reason in _CANNOT_WRITE):
+        remedy = "make room or give permission, then run the same command again"
+        return f"ledger {path} cannot be written ({message}): {remedy}"
+    if isinstance(error, sqlite3.Error) and message.startswith("Could not decode"):  # the rest is the text itself
+        return damage_message(path, "a text in it is not UTF-8")
+    if isinstance(error, sqlite3.DatabaseError) and ("malformed" in message or "not a database" in message):
+        return damage_message(path, message)
+    return f"ledger {path}: {message}"
+
+
+def damage_message(path: Path, damage: str) -> str:
+    """The line for a damaged ledger, with the number of replies that can be read in it."""
+    count = count_readable(path)
+    if not count:
+        return (
+            f"ledger {path} is damaged ({damage}) and no reply can be read in it; replace it with a copy, or move it "
+            f"away to send every request again"
+        )
+    return (
+        f"ledger {path} is damaged ({damage}): {count} paid replies can be read in it; `clair salvage "
+        f"{shlex.quote(str(path))}` puts them into a fresh ledger and keeps the damaged file"
+    )

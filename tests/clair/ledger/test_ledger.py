@@ -174,6 +174,69 @@ def test_the_rows_of_one_transaction_continue_in_one_turn_of_the_event_loop(tmp_
         assert do(write_together(ledger)) == (list(range(50)), 2)
 
 
+async def in_one_transaction(ledger: Ledger, *writes: Coroutine[Any, Any, Any]) -> list[Any]:
+    """The results of writes that gather while the writing thread is busy."""
+    began, gate = threading.Event(), threading.Event()
+    first = asyncio.ensure_future(ledger.write(lambda _: (began.set(), gate.wait(10))))
+    await asyncio.to_thread(began.wait, 10)
+    tasks = [asyncio.ensure_future(write) for write in writes]
+    await asyncio.sleep(0)
+    gate.set()
+    await first
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_calls_written_together_are_those_written_one_by_one(tmp_path):
+    claims = {f"k{n}": Claim(f"role {n}", f"m{n}", f"row {n}", f"/out{n}", Tokens(n, 2 * n)) for n in range(150)}
+
+    def settle(ledger: Ledger, key: str) -> Coroutine[Any, Any, None]:
+        n = int(key[1:])
+        return ledger.settle(key, f"reply {n} é\x00end", Tokens(n // 2, n), claims[key].max_tokens, n / 8)
+
+    async def together(ledger):
+        for keys in ([*claims][:70], [*claims][50:]):  # some are answered, claimed in vain, and settled again
+            await in_one_transaction(ledger, *(ledger.claim(key, claims[key]) for key in keys))
+            await in_one_transaction(ledger, *(settle(ledger, key) for key in [*claims][:100] if key in keys))
+
+    async def one_by_one(ledger):
+        for keys in ([*claims][:70], [*claims][50:]):
+            for key in keys:
+                await ledger.claim(key, claims[key])
+            for key in [*claims][:100]:
+                if key in keys:
+                    await settle(ledger, key)
+
+    calls = []
+    for name, write in (("together", together), ("one by one", one_by_one)):
+        with Ledger(tmp_path / f"{name}.sqlite") as ledger:
+            ledger.run = "run"
+            do(write(ledger))
+            calls.append(ledger.read("SELECT * FROM calls ORDER BY key"))
+            assert call_counts(ledger) == {"done": 100, "asked": 50}
+    assert calls[0] == calls[1]
+
+
+def test_a_request_claimed_twice_in_one_transaction_has_one_row_with_the_cost_of_both(tmp_path):
+    async def claim(ledger):
+        return await in_one_transaction(ledger, *(ledger.claim(key, CLAIM) for key in ("k", "another", "k")))
+
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert do(claim(ledger)) == [ClaimResult.GRANTED] * 3
+        query = "SELECT key, attempts, open_prompt, open_completion FROM calls ORDER BY key"
+        assert ledger.read(query) == [("another", 1, 10, 100), ("k", 2, 20, 200)]
+
+
+def test_a_claim_beside_the_reply_of_a_cancelled_caller_gets_the_reply(tmp_path):
+    async def claim(ledger):
+        await ledger.claim("k", CLAIM)
+        settling = ledger.settle("k", "reply", FREE, CLAIM.max_tokens, 1.0)
+        first_claim = ledger.claim("another", CLAIM)  # so that the claims are the first kind in the queue
+        return await in_one_transaction(ledger, first_claim, settling, ledger.claim("k", CLAIM))
+
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert do(claim(ledger)) == [ClaimResult.GRANTED, None, StoredReply("reply")]
+
+
 def test_a_cancelled_row_does_not_cancel_the_writing_of_what_it_paid_for(tmp_path):
     async def cancel(ledger):
         await ledger.claim("k", CLAIM)
@@ -516,7 +579,7 @@ def test_an_error_while_writing_reaches_every_waiting_row(tmp_path, monkeypatch)
         really = Ledger._commit
 
         def broken(self, connection, batch):
-            batch[0].work = lambda _: (_ for _ in ()).throw(sqlite3.OperationalError("database or disk is full"))
+            batch[0].work = lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("database or disk is full"))
             return really(self, connection, batch)
 
         monkeypatch.setattr(Ledger, "_commit", broken)
