@@ -97,7 +97,7 @@ def packed_length(example: Mapping[str, Any]) -> int:
     return len(prompt) + len(chosen) + len(rejected) - shared_response_length(example)
 
 
-def crop_around_divergence(example: dict[str, Any], context: int = 32) -> dict[str, Any]:
+def crop_around_divergence(example: dict[str, Any], context: int = 16) -> dict[str, Any]:
     """Crop a pair to at most `context` tokens before and after a point shortly before its responses diverge."""
     prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", *SIDES))
     start = max(0, shared_response_length(example) - context // 4)

@@ -22,9 +22,9 @@ Rounding also differs if the reference's log-probs are from the cache, computed 
 
 
 def check_before_training(trainer: APOTrainer, rows: int = 64) -> dict[str, float]:
-    """Check rows as the trainer prepares them. Returns the mean rewards of the two shortest, 0 up to rounding.
+    """Check rows as the trainer prepares them. Returns the rewards of the shortest, 0 up to rounding.
 
-    Two rows show whether the reference is another model; more would only delay the first step. Raises UserError if the
+    One row shows whether the reference is another model; more would only delay the first step. Raises UserError if the
     end of a response is not trained, or if the policy is not its own reference.
     """
     examples = first_rows(trainer.train_dataset, rows)
@@ -33,8 +33,8 @@ def check_before_training(trainer: APOTrainer, rows: int = 64) -> dict[str, floa
     _check_ends(trainer, batch, torch.tensor(present).nonzero().squeeze(1))
     if not trainer.objective.needs_reference:
         return {}
-    shortest = sorted(range(len(batch)), key=lambda index: packed_length(batch.examples[index]))[:2]
-    return _check_initial_rewards(trainer, batch.select(shortest))
+    shortest = min(range(len(batch)), key=lambda index: packed_length(batch.examples[index]))
+    return _check_initial_rewards(trainer, batch.select([shortest]))
 
 
 def _check_ends(trainer: APOTrainer, batch: PairBatch, rows: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from clair.ledger.schema import reply_digest
 
 _ROWS = 64
-"""Rows of one statement: SQLite before 3.32 takes 999 values."""
+"""The maximum number of rows of one statement."""
 _SETTLE = (
     "UPDATE calls SET state = 'done', reply = new.column2, seconds = new.column3, error = NULL, "
     "prompt_tokens = new.column4, completion_tokens = new.column5, open_prompt = open_prompt - new.column6, "

@@ -60,6 +60,8 @@ _SECONDS = (
     "SELECT seconds FROM calls WHERE key IN (SELECT value FROM json_each(?)) AND state = 'done' AND seconds IS NOT NULL"
 )
 _MAX_WRITES_PER_COMMIT = 1000
+_MIN_SQLITE = (3, 35)
+"""The version of 2021 with UPDATE FROM and RETURNING."""
 
 
 class LedgerError(UserError):
@@ -116,6 +118,10 @@ class Ledger(AbstractContextManager["Ledger"]):
 
         `replica` receives every write before its caller continues. `send_all` also sends what the file holds already.
         """
+        if sqlite3.sqlite_version_info < _MIN_SQLITE:
+            raise LedgerError(
+                f"a ledger needs SQLite 3.35; this Python has {sqlite3.sqlite_version}: use a newer build"
+            )
         self.path = Path(path)
         self.run = uuid.uuid4().hex[:12]
         self._replica = replica

@@ -66,6 +66,13 @@ def test_the_order_of_options_is_no_difference():
 # ---- one run
 
 
+def test_an_old_sqlite_is_refused_before_a_file_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    with pytest.raises(LedgerError, match=r"^a ledger needs SQLite 3\.35; this Python has \d"):
+        Ledger(tmp_path / "l.sqlite")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_reply_is_found_again(tmp_path):
     raw = '{"text": "é \\ud83d \\u0000"}\x00end'
     with Ledger(tmp_path / "l.sqlite") as ledger:
