@@ -49,16 +49,16 @@ def settle_all(connection: sqlite3.Connection, settlements: Sequence[Settlement]
 
 
 def insert_new(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> set[str]:
-    """Insert claims whose keys the ledger does not know: (key, role, model, row, run, payer, two open counts).
+    """Insert claims whose keys are new: (key, role, model, row, run, payer, two open counts).
 
-    Each row has another key. Returns the keys that the ledger knows; their rows are not inserted.
+    Each row has another key. Returns the keys that exist; their rows are not inserted.
     """
-    known: set[str] = set()
+    existing: set[str] = set()
     for placeholders, keys in _groups([row[:1] for row in rows]):
-        known.update(key for (key,) in connection.execute(_KNOWN.format(placeholders), keys))
-    for placeholders, values in _groups([row for row in rows if row[0] not in known]):
+        existing.update(key for (key,) in connection.execute(_KNOWN.format(placeholders), keys))
+    for placeholders, values in _groups([row for row in rows if row[0] not in existing]):
         connection.execute(_INSERT.format(placeholders), values)
-    return known
+    return existing
 
 
 def _groups(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[str, list[Any]]]:

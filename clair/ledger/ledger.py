@@ -254,10 +254,10 @@ class Ledger(AbstractContextManager["Ledger"]):
             key: (key, claim.role, claim.model, claim.prompt_id, self.run, claim.account, *claim.max_tokens)
             for key, claim in claims
         }
-        known, results = insert_new(connection, [*rows.values()]), []
+        existing, results = insert_new(connection, [*rows.values()]), []
         for key, claim in claims:
-            results.append(self.claim_within(connection, key, claim) if key in known else ClaimResult.GRANTED)
-            known.add(key)
+            results.append(self.claim_within(connection, key, claim) if key in existing else ClaimResult.GRANTED)
+            existing.add(key)
         return results
 
     def claim_within(
