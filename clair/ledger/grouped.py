@@ -21,7 +21,7 @@ _SETTLE = (
     "open_completion = open_completion - new.column7, digest = new.column8 "
     "FROM (VALUES {}) AS new WHERE key = new.column1"
 )
-_KNOWN = "SELECT key FROM calls WHERE key IN (VALUES {})"
+_EXISTING = "SELECT key FROM calls WHERE key IN (VALUES {})"
 _INSERT = (
     "INSERT INTO calls (key, role, model, row, run, payer, open_prompt, open_completion, state) "
     "SELECT *, 'asked' FROM (VALUES {})"
@@ -55,7 +55,7 @@ def insert_new(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) 
     """
     existing: set[str] = set()
     for placeholders, keys in _groups([row[:1] for row in rows]):
-        existing.update(key for (key,) in connection.execute(_KNOWN.format(placeholders), keys))
+        existing.update(key for (key,) in connection.execute(_EXISTING.format(placeholders), keys))
     for placeholders, values in _groups([row for row in rows if row[0] not in existing]):
         connection.execute(_INSERT.format(placeholders), values)
     return existing
