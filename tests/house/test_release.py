@@ -8,10 +8,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from tests.house.pages import ROOT
 
@@ -26,6 +30,23 @@ def run(*command: str | Path, cwd: Path) -> str:
     )
     assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
     return result.stdout
+
+
+def test_every_pinned_package_can_be_installed_on_the_oldest_python():
+    ours = SpecifierSet(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["requires-python"])
+    (oldest,) = (specifier.version for specifier in ours)
+    pins = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if line and line[0] != "#"]
+    too_new, installed = {}, 0
+    for name in (Requirement(pin).name for pin in pins):
+        try:
+            required = metadata(name)["Requires-Python"] or ""
+        except PackageNotFoundError:  # of another extra
+            continue
+        installed += 1
+        if not SpecifierSet(required).contains(f"{oldest}.0"):
+            too_new[name] = required
+    assert installed > 50
+    assert too_new == {}
 
 
 @pytest.mark.slow
