@@ -49,7 +49,7 @@ def quieten(*modules: str) -> None:
     """Import datasets, transformers and `modules`, and silence their progress bars and advice: the command has its own.
 
     Python's garbage collector is off meanwhile, which saves a fifth of the time: nothing that is imported is garbage.
-    Later collections leave it out, each of which would read it all.
+    It is left out of later collections, which would read all of it each time.
     """
     import gc
     import importlib

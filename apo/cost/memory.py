@@ -245,8 +245,8 @@ def _hole_bytes(job: Job, row: PassCost) -> float:
     if reuses_memory() or not job.packed:
         holes = FEWER_HOLES if job.quantized or job.checkpointing else HOLES
     else:
-        holes = PLAIN_ADAPTER_HOLES if job.is_adapter and in_float32 else PLAIN_HOLES
-        holes = PLAIN_CHECKPOINTING_HOLES if job.checkpointing else holes
+        plain = PLAIN_ADAPTER_HOLES if job.is_adapter and in_float32 else PLAIN_HOLES
+        holes = PLAIN_CHECKPOINTING_HOLES if job.checkpointing else plain
         holes *= MKL_FACTOR if in_float32 and rows_multiple(torch.device("cpu")) == 1 else 1
     return holes * job.sizes.layers * _layer_bytes(job, row)
 

@@ -23,7 +23,7 @@ _SETTLE = (
 )
 _EXISTING = "SELECT key FROM calls WHERE key IN (VALUES {})"
 _INSERT = (
-    "INSERT INTO calls (key, role, model, row, run, payer, open_prompt, open_completion, state) "
+    "INSERT INTO calls (key, role, model, row, run, payer, open_prompt, open_completion, batch, state) "
     "SELECT *, 'asked' FROM (VALUES {})"
 )
 
@@ -49,7 +49,7 @@ def settle_all(connection: sqlite3.Connection, settlements: Sequence[Settlement]
 
 
 def insert_new(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> set[str]:
-    """Insert claims whose keys are new: (key, role, model, row, run, payer, two open counts).
+    """Insert claims whose keys are new: (key, role, model, row, run, payer, two open counts, batch).
 
     Each row has another key. Returns the keys that exist; their rows are not inserted.
     """

@@ -247,16 +247,17 @@ class Ledger(AbstractContextManager["Ledger"]):
         return await future  # cancelling the caller cancels this future, never the write: a paid reply is on disk
 
     def _claim_all(
-        self, connection: sqlite3.Connection, claims: list[tuple[str, Claim]]
+        self, connection: sqlite3.Connection, claims: list[tuple[str, Claim]], batch: str | None = None
     ) -> list[StoredReply | ClaimResult]:
-        """Claim requests together; one that the ledger knows, or that comes twice, by `claim_within`."""
+        """Claim requests together; one that the ledger knows, or that comes twice, by itself."""
         rows = {
-            key: (key, claim.role, claim.model, claim.prompt_id, self.run, claim.account, *claim.max_tokens)
+            key: (key, claim.role, claim.model, claim.prompt_id, self.run, claim.account, *claim.max_tokens, batch)
             for key, claim in claims
         }
         existing, results = insert_new(connection, [*rows.values()]), []
         for key, claim in claims:
-            results.append(self.claim_within(connection, key, claim) if key in existing else ClaimResult.GRANTED)
+            is_new = key not in existing
+            results.append(ClaimResult.GRANTED if is_new else self._claim_again(connection, key, claim, batch))
             existing.add(key)
         return results
 
@@ -264,13 +265,11 @@ class Ledger(AbstractContextManager["Ledger"]):
         self, connection: sqlite3.Connection, key: str, claim: Claim, batch: str | None = None
     ) -> StoredReply | ClaimResult:
         """Claim a request within a transaction of the writing thread; `batch` as in the table `calls`."""
-        inserted = connection.execute(
-            "INSERT OR IGNORE INTO calls (key, state, role, model, row, run, payer, open_prompt, open_completion, "
-            "batch) VALUES (?, 'asked', ?, ?, ?, ?, ?, ?, ?, ?)",
-            (key, claim.role, claim.model, claim.prompt_id, self.run, claim.account, *claim.max_tokens, batch),
-        )
-        if inserted.rowcount:
-            return ClaimResult.GRANTED
+        return self._claim_all(connection, [(key, claim)], batch)[0]
+
+    def _claim_again(
+        self, connection: sqlite3.Connection, key: str, claim: Claim, batch: str | None
+    ) -> StoredReply | ClaimResult:
         query = "SELECT state, run, reply, digest, batch FROM calls WHERE key = ?"
         state, run, *stored = connection.execute(query, (key,)).fetchone()
         if state == "done":

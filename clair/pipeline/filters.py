@@ -50,7 +50,7 @@ _ALLUSION = re.compile(
     r"|\bhere(?:'s| is| are) (?:the|a|an|my) (?:correction|revision)\b",
     re.IGNORECASE,
 )
-_ALLUSION_WORDS = (
+_ALLUSION_KEYWORDS = (
     "corrected", "revised", "amended", "rectified", "improved ", "enhanced ", "updated ", "rewritten ", "student",
     "original ", "previous ", " correction", " revision",
 )  # fmt: skip
@@ -64,7 +64,7 @@ _ASKS_FOR_CORRECTION = re.compile(
 
 def allusion(pair: Pair) -> str | None:
     """The chosen answer mentions the correction ("in this corrected solution ..."), and the task requested none."""
-    match = _search(_ALLUSION, _ALLUSION_WORDS, pair.chosen)
+    match = _search(_ALLUSION, _ALLUSION_KEYWORDS, pair.chosen)
     if (
         not match
         or _ALLUSION.search(pair.rejected)
@@ -80,7 +80,7 @@ _COMMENT = re.compile(
     r"|\bno (?:changes|corrections) (?:are|were) (?:needed|made)\b",
     re.IGNORECASE,
 )
-_COMMENT_WORDS = (
+_COMMENT_KEYWORDS = (
     " asks", " asked", " requires", " is asking", " wants", " instructs", "minimal ", "necessary ", "no changes ",
     "no corrections ",
 )  # fmt: skip
@@ -88,14 +88,14 @@ _COMMENT_WORDS = (
 
 def comment(pair: Pair) -> str | None:
     """The chosen answer talks about the task or the editing, and the rejected one does not."""
-    match = _search(_COMMENT, _COMMENT_WORDS, pair.chosen)
+    match = _search(_COMMENT, _COMMENT_KEYWORDS, pair.chosen)
     return match.group() if match and not _COMMENT.search(pair.rejected) else None
 
 
-def _search(pattern: re.Pattern[str], words: Sequence[str], text: str) -> re.Match[str] | None:
-    """The first match of a pattern, each alternative of which holds one of the words; most texts hold none."""
+def _search(pattern: re.Pattern[str], keywords: Sequence[str], text: str) -> re.Match[str] | None:
+    """The first match of a pattern, each alternative of which holds a keyword; most texts hold none."""
     folded = fold_case(text)
-    return pattern.search(text) if any(word in folded for word in words) else None
+    return pattern.search(text) if any(keyword in folded for keyword in keywords) else None
 
 
 def fence(pair: Pair) -> str | None:

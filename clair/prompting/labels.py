@@ -122,7 +122,7 @@ def occurs_again(kind: str, body: str, label: Label, fences: list[tuple[int, int
     A label that lacks "student" is more likely text: then an occurrence inside a code fence counts too.
     """
     weak = _lacks_student(body, label)
-    for match in _match_lines(_LOOSE[kind], _KEYWORDS.get(kind, ""), body):
+    for match in _match_lines(_LOOSE[kind], _KEYWORDS.get(kind, ""), body, fold_case(body)):
         start = match.end() - len(match[0].lstrip())
         if not label.start <= start < label.end and (weak or not is_inside(match.start(), fences)):
             return not _LEAD_IN.search(body, max(0, match.start() - 40), match.start())
@@ -131,28 +131,27 @@ def occurs_again(kind: str, body: str, label: Label, fences: list[tuple[int, int
 
 def find_labels(kind: str, body: str) -> tuple[list[Label], list[Label]]:
     """The labels that a colon or the end of the line follows, and the bare labels, each in reading order."""
-    kinds = ("reasoning", "worsened", kind)
-    labels = sorted((label for k in kinds for label in _labels(k, body)), key=lambda label: label.start)
+    kinds, folded = ("reasoning", "worsened", kind), fold_case(body)
+    labels = sorted((label for k in kinds for label in _labels(k, body, folded)), key=lambda label: label.start)
     return labels, [
         Label("reasoning" if m[1].lower() == "teacher_reasoning" else kind, m.start(1) - 1, m.end())
-        for m in _match_lines(_BARE, "{", body)
+        for m in _match_lines(_BARE, "{", body, folded)
         if m[1].lower() in ("teacher_reasoning", IDENTIFIERS[kind].strip("{}"))
         and (m.start() == 0 or body[: m.start() - 1].rstrip(" \t").endswith("\n"))
     ]
 
 
-def _labels(kind: str, body: str) -> list[Label]:
-    matches = _match_lines(_LABELS[kind], _KEYWORDS.get(kind, ""), body)
+def _labels(kind: str, body: str, folded: str) -> list[Label]:
+    matches = _match_lines(_LABELS[kind], _KEYWORDS.get(kind, ""), body, folded)
     labels = (Label(kind, match.start(), match.end()) for match in matches)
     return [label for label in labels if not _LEAD_IN.search(body, max(0, label.start - 40), label.start)]
 
 
-def _match_lines(pattern: re.Pattern[str], keyword: str, text: str) -> Iterator[re.Match[str]]:
-    """The matches of a pattern for the start of a line, in lines that hold the keyword.
+def _match_lines(pattern: re.Pattern[str], keyword: str, text: str, folded: str) -> Iterator[re.Match[str]]:
+    """The matches of a pattern for the start of a line, in lines that hold the keyword; `folded` is `fold_case(text)`.
 
     The same as `pattern.finditer(text)`, which tries each character, where no match ends behind its line.
     """
-    folded = fold_case(text)
     position = folded.find(keyword)
     while position >= 0:
         if match := pattern.match(text, text.rfind("\n", 0, position) + 1):

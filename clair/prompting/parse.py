@@ -124,7 +124,7 @@ def check_no_template_words(kind: str, section: str, answer: str, template: str)
     """
     phrases, tags = _template_words(template)
     lower = section.lower()
-    possible = [phrase for phrase, words in phrases.items() if all(word in lower for word in words)]
+    possible = [phrase for phrase, parts in phrases.items() if all(part in lower for part in parts)]
     section_words, answer_words = (_normalize_words(text) if possible else "" for text in (section, answer))
     if (
         (_PLACEHOLDER.fullmatch(section) and section not in answer)

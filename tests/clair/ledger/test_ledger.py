@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -158,23 +159,25 @@ def test_writes_that_gather_are_committed_together(tmp_path, monkeypatch):
     assert len(commits) <= 10
 
 
-def test_the_rows_of_one_transaction_continue_in_one_turn_of_the_event_loop(tmp_path, monkeypatch):
+@asynccontextmanager
+async def busy_thread(ledger: Ledger) -> AsyncIterator[None]:
+    """Keep the writing thread busy inside the block, so that what is written there gathers in one transaction."""
     began, gate = threading.Event(), threading.Event()
+    first = asyncio.ensure_future(ledger.write(lambda _: (began.set(), gate.wait(10))))
+    await asyncio.to_thread(began.wait, 10)
+    yield
+    gate.set()
+    await first
 
-    def block(_: sqlite3.Connection) -> None:
-        began.set()
-        gate.wait(10)
 
+def test_the_rows_of_one_transaction_continue_in_one_turn_of_the_event_loop(tmp_path, monkeypatch):
     async def write_together(ledger: Ledger) -> tuple[list[int], int]:
         loop = asyncio.get_running_loop()
-        first = asyncio.ensure_future(ledger.write(block))
-        await asyncio.to_thread(began.wait, 10)
-        others = [asyncio.ensure_future(ledger.write(lambda _, value=value: value)) for value in range(50)]
-        await asyncio.sleep(0)
-        turns, turn = [], loop.call_soon_threadsafe
-        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: (turns.append(call), turn(*call)))
-        gate.set()
-        await first
+        async with busy_thread(ledger):
+            others = [asyncio.ensure_future(ledger.write(lambda _, value=value: value)) for value in range(50)]
+            await asyncio.sleep(0)
+            turns, turn = [], loop.call_soon_threadsafe
+            monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: (turns.append(call), turn(*call)))
         return await asyncio.gather(*others), len(turns)
 
     with Ledger(tmp_path / "l.sqlite") as ledger:
@@ -183,13 +186,9 @@ def test_the_rows_of_one_transaction_continue_in_one_turn_of_the_event_loop(tmp_
 
 async def in_one_transaction(ledger: Ledger, *writes: Coroutine[Any, Any, Any]) -> list[Any]:
     """The results of writes that gather while the writing thread is busy."""
-    began, gate = threading.Event(), threading.Event()
-    first = asyncio.ensure_future(ledger.write(lambda _: (began.set(), gate.wait(10))))
-    await asyncio.to_thread(began.wait, 10)
-    tasks = [asyncio.ensure_future(write) for write in writes]
-    await asyncio.sleep(0)
-    gate.set()
-    await first
+    async with busy_thread(ledger):
+        tasks = [asyncio.ensure_future(write) for write in writes]
+        await asyncio.sleep(0)
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 

@@ -13,9 +13,9 @@ from clair.data.contrast import contrast_of
 from clair.data.records import Pair
 from clair.pipeline.filters import (
     _ALLUSION,
-    _ALLUSION_WORDS,
+    _ALLUSION_KEYWORDS,
     _COMMENT,
-    _COMMENT_WORDS,
+    _COMMENT_KEYWORDS,
     FILTERS,
     OFF,
     _search,
@@ -108,7 +108,7 @@ def test_a_filter_drops_what_it_says_and_nothing_else(name, chosen, rejected, dr
     assert drops(name, pair(chosen, rejected)) is dropped
 
 
-@pytest.mark.parametrize(("pattern", "words"), [(_ALLUSION, _ALLUSION_WORDS), (_COMMENT, _COMMENT_WORDS)])
+@pytest.mark.parametrize(("pattern", "words"), [(_ALLUSION, _ALLUSION_KEYWORDS), (_COMMENT, _COMMENT_KEYWORDS)])
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_no_text_that_a_pattern_matches_is_left_out_for_its_words(pattern, words, data):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clair.data.records import Revision
+from clair.data.records import Revision, fold_case
 from clair.prompting.labels import _KEYWORDS, _LABELS, _LOOSE, _match_lines
 from clair.prompting.parse import FAILURES, ParseFailure, is_refusal, parse_judgement, parse_revision
 from tests.clair.replies import (
@@ -59,7 +59,7 @@ def test_all_recorded_replies_parse_to_the_true_text(shared):
 def test_lines_with_the_keyword_hold_all_matches_of_a_label(kind, patterns, data):
     texts = st.one_of(st.from_regex(patterns[kind]), st.sampled_from(["\n", "\n\n", " ", "a", "{", "teacher", "İ"]))
     text = "".join(data.draw(st.lists(texts, max_size=6)))
-    matches = [match.span() for match in _match_lines(patterns[kind], _KEYWORDS.get(kind, ""), text)]
+    matches = [match.span() for match in _match_lines(patterns[kind], _KEYWORDS.get(kind, ""), text, fold_case(text))]
     assert matches == [match.span() for match in patterns[kind].finditer(text)]
 
 
